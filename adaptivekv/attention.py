@@ -1,0 +1,165 @@
+"""The attention and mask functions registered with transformers under the name `adaptivekv`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from adaptivekv.kernels import PageBatch, attend_dense, merge, page_attention
+from adaptivekv.kernels.codec import PAGE, UNIT
+from adaptivekv.memory.sequence import Sequence
+
+if TYPE_CHECKING:
+    from adaptivekv.cache import AdaptiveCache
+
+NAME = "adaptivekv"
+
+
+@dataclass
+class Staged:
+    """What `AdaptiveCache.update` hands to the attention function in place of keys and values."""
+
+    cache: AdaptiveCache
+    layer: int  # among the layers the cache owns
+    key: Tensor  # [B, H, q, k_dim]
+    value: Tensor  # [B, H, q, v_dim]
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | Staged,
+    value: Tensor | Staged,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [B, Hq, q, d]; keys and values staged by an AdaptiveCache, or tensors of a layer transformers keeps.
+
+    attention_mask: 2-D padding mask [B, q] of full-attention layers, 4-D bool of all others, or None.
+    Returns ([B, q, Hq, v_dim], None).
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Staged):
+        out = key.cache.attend(key, query, attention_mask, scaling, softcap, s_aux)
+    else:
+        assert isinstance(value, Tensor)
+        out = _attend_tensors(query, key, value, attention_mask, scaling, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def padding_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+    mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
+    """Full attention: which of the new tokens are real, bool [B, q] (None: all). Every other pattern: a 4-D mask.
+
+    A cache that has evicted tokens cannot be described by a mask over what it holds, and needs none: pads are never
+    stored and everything stored lies in the past.
+    """
+    if mask_function is not causal_mask_function:
+        kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, **kwargs,
+        )  # fmt: skip
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask
+
+
+def _attend_tensors(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Layers whose cache transformers keeps (sliding windows, say) and models run without a cache."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if mask is None or mask.dim() == 2:
+        causal = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
+        mask = causal if mask is None else causal & mask[:, None, None, -kv_len:]
+    if softcap is None and sinks is None:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+    batch, heads = key.shape[:2]
+    group = query.shape[1] // heads
+    mask = mask.expand(batch, 1, q_len, kv_len).repeat(1, heads, group, 1).flatten(0, 1)
+    out, lse = attend_dense(
+        query.reshape(batch * heads, group * q_len, -1), key.flatten(0, 1), value.flatten(0, 1), scale, mask, softcap
+    )
+    out = out.view(*query.shape[:3], -1)
+    return _with_sinks(out, lse.view(query.shape[:3]), sinks).to(query.dtype)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Learned attention sinks take their share of the softmax: out [..., Hq, q, d], lse [..., Hq, q], sinks [Hq]."""
+    return out if sinks is None else out * torch.sigmoid(lse - sinks.float()[:, None])[..., None]
+
+
+def attend_sequence(
+    sequence: Sequence, layer: int, q: Tensor, k: Tensor, v: Tensor,
+    scale: float, softcap: float | None = None, sinks: Tensor | None = None, stats: bool = False,
+) -> Tensor:  # fmt: skip
+    """One request, one layer: the new tokens attend to everything held and, causally, to each other.
+
+    q [Hq, n, k_dim], k [H, n, k_dim], v [H, n, v_dim], rotary applied, pads removed. Stores nothing. With `stats`, the
+    attention each page received goes into `sequence.mass`. Returns [Hq, n, v_dim] float32.
+    """
+    heads, (q_heads, n, _) = len(k), q.shape
+    group = q_heads // heads
+    rows = q.reshape(heads, group * n, -1)  # query heads of a KV head together: [H, G * n, k_dim]
+    pick = sequence.retrieve.pick(sequence, layer, rows) if sequence.retrieve and n == 1 and sequence.ids[layer].size else None
+    parts, measured = [], []
+    for batch, columns in sequence.batches(layer, pick):
+        for block, at in _on_device(batch, columns, q.device, sequence.pool.staging_bytes):
+            step = max(1, sequence.pool.staging_bytes // (heads * PAGE * (k.shape[2] + v.shape[2]) * 4))
+            out, lse, page_lse = page_attention(rows, block, scale, softcap, stats, step)
+            parts.append((out, lse))
+            measured.append((page_lse, at))
+    tail_k, tail_v = sequence.tail(layer)
+    t = tail_k.shape[1]
+    causal = None
+    if n > 1:
+        causal = torch.ones(n, t + n, dtype=torch.bool, device=q.device).tril(t).repeat(group, 1)
+    dense = attend_dense(rows, torch.cat([tail_k.to(k.dtype), k], 1), torch.cat([tail_v.to(v.dtype), v], 1), scale, causal, softcap)
+    out, lse = merge([*parts, dense]) if parts else dense
+    if stats:
+        for page_lse, at in measured:
+            mass = (page_lse - lse[:, None]).exp_().mean(-1)  # [H, P]
+            sequence.measure(layer, at, mass.cpu().numpy())
+    return _with_sinks(out.view(q_heads, n, -1), lse.view(q_heads, n), sinks)
+
+
+def _on_device(batch: PageBatch, columns: np.ndarray, device: torch.device, staging: int):
+    """Pages of a host tier, copied to the GPU in blocks that respect the staging allowance; others as they are."""
+    if batch.arena.device.type == device.type:
+        yield batch, columns
+        return
+    k_size, v_size = batch.k.part_bytes(batch.k_dim, batch.dtype), batch.v.part_bytes(batch.v_dim, batch.dtype)
+    heads, width = batch.count.shape
+    step = max(1, staging // (heads * (k_size + v_size)))
+    rows = batch.arena.view(-1, UNIT)
+    for start in range(0, width, step):
+        cut = slice(start, start + step)
+        n = batch.count[:, cut].numel()
+        arenas = []
+        for off, size in ((batch.k_off[:, cut], k_size), (batch.v_off[:, cut], v_size)):
+            index = (off.reshape(-1, 1) // UNIT + torch.arange(size // UNIT)).view(-1)
+            arenas.append(rows.index_select(0, index).view(-1).to(device, non_blocking=True))
+        at = torch.arange(n, device=device).view(heads, -1)
+        yield PageBatch(
+            torch.cat(arenas), at * k_size, n * k_size + at * v_size, batch.count[:, cut].to(device),
+            batch.k, batch.v, batch.dtype, batch.k_dim, batch.v_dim, batch.rotate, batch.full,
+        ), columns[:, cut]  # fmt: skip
+
+
+def register() -> None:
+    """Make `adaptivekv` known to transformers as an attention implementation with its own mask function."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_mask)

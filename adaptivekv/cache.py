@@ -1,0 +1,332 @@
+"""AdaptiveCache: the transformers cache whose full-attention layers live in pages under a controller."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from adaptivekv import attention as attention_room
+from adaptivekv.attention import Staged, attend_sequence
+from adaptivekv.controller import DEFAULT_QUALITY, Controller, Request, report
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.formats import FORMATS, parse_bytes
+from adaptivekv.memory.pages import LayerShape, PagePool, too_small
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.plan import Plan
+from adaptivekv.selector import Selector
+
+
+class AdaptiveLayer(CacheLayerMixin):
+    """One full-attention layer: stages keys and values for the attention function, which stores them."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: AdaptiveCache, index: int):
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.is_initialized = True
+        staged = Staged(self.cache, self.index, key_states, value_states)
+        return staged, staged
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        if self.index == 0:
+            self.cache.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.index == 0:
+            self.cache.truncate(self.cache.seen - abs(tokens_to_remove))
+
+    def _refuse(self, *args: Any) -> None:
+        raise AdaptiveKVError("AdaptiveCache does not support beams; use num_beams=1 and num_return_sequences=1")
+
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
+
+
+class AdaptiveCache(Cache):
+    """A KV cache that keeps a byte budget and a quality, for unmodified transformers models.
+
+    model: any decoder whose full-attention layers go through transformers' AttentionInterface; constructing the cache
+    sets the model's attention implementation to `adaptivekv`. Layers of other kinds keep transformers' own cache.
+    budget: hard cap on device KV bytes: bytes, "64MiB", or a share of the full 16-bit cache of prompt and
+    `max_new_tokens`, resolved when the first tokens arrive. None: no cap beyond `max_tokens` native tokens a row.
+    plan: a fixed plan; None lets `selector` choose one that loses at most `quality` nats per token.
+    kv_dtype: what native pages store (default: the model's dtype; 16-bit halves them under a 32-bit model).
+    host: host bytes for offloading (default: enough for everything; 0: none).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        budget: str | float | int | None = None,
+        quality: float = DEFAULT_QUALITY,
+        plan: str | Plan | None = None,
+        selector: Selector | None = None,
+        kv_dtype: torch.dtype | None = None,
+        host: str | int | None = None,
+        max_new_tokens: int = 256,
+        max_tokens: int | None = None,
+        controller: Controller | None = None,
+        pool: PagePool | None = None,
+    ):
+        if not 0 <= quality < float("inf"):
+            raise AdaptiveKVError(f"quality={quality}: nats per token, 0 or more")
+        fixed = None if plan is None else Plan.parse(plan)
+        self.controller = controller or Controller(fixed, selector, quality)
+        self.budget = None if budget is None else parse_bytes(budget)
+        self.host = None if host is None else 0 if host in (0, "0") else int(parse_bytes(host))
+        self.max_new_tokens, self.max_tokens = max_new_tokens, max_tokens
+        self.shapes = layer_shapes(model)
+        self.dtype, self.device = kv_dtype or model.dtype, model.device
+        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0
+        self.pool, self.requests = pool, []  # type: ignore[var-annotated]
+        self.shared = pool is not None
+        self.seen = 0  # tokens seen a row, pads included
+        self.frozen = False
+        self._expected: tuple[int, int] | None = None  # prompt and new tokens, when the caller has said
+        self._new = self._valid = None  # of the step under way: real tokens a row, their mask
+        self._facts: dict[str, float] = {}
+        self.seconds = {"prefill": 0.0, "decode": 0.0}
+        super().__init__(layers=self._make_layers(model))
+        attention_room.register()
+        model.set_attn_implementation(attention_room.NAME)
+
+    def _make_layers(self, model: PreTrainedModel) -> list[CacheLayerMixin]:
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        own = 0
+        for i, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                layers[i], own = AdaptiveLayer(self, own), own + 1
+        return layers
+
+    # -- what callers use --------------------------------------------------------------------------------------------
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [request.sequence for request in self.requests]
+
+    @property
+    def generate_kwargs(self) -> dict[str, Any]:
+        """Pass to `model.generate(...)`: prefill in chunks that respect the budget, lengths known at admission."""
+        return {"prefill_chunk_size": self.chunk, "custom_generate": self._generate}
+
+    @property
+    def chunk(self) -> int:
+        """Prompt tokens per forward: a whole number of pages, at most an eighth of the budget's native tokens."""
+        token = sum(s.slot_elements for s in self.shapes) * self.dtype.itemsize
+        if self.budget is None or self._expected is None and isinstance(self.budget, float):
+            return 256
+        return int(np.clip(self._budget_bytes(*(self._expected or (0, 0))) // 8 // token // PAGE * PAGE, PAGE, 512))
+
+    def expect(self, prompt: int, new: int, facts: dict[str, float] | None = None) -> None:
+        """Say before the first tokens how long prompt and answer will be, so that the budget can be resolved."""
+        self._expected, self._facts = (prompt, new), facts or {}
+
+    def observe_logits(self, logits: Tensor) -> None:
+        """Cheap signals of the last logits [B, V] for the next decision: entropy and margin."""
+        for request, row in zip(self.requests, logits.float().log_softmax(-1), strict=True):
+            top = row.topk(2).values.exp()
+            entropy = -(row.exp() * row.clamp_min(-1e4)).sum()
+            request.facts |= {"logit_entropy": float(entropy), "logit_margin": float(top[0] - top[1])}
+
+    def report(self) -> dict[str, Any]:
+        """Plans and reasons, bytes per tier, peaks and time (docs/architecture.md)."""
+        out = report(self.controller, self.requests, self.pool)
+        out["budget"] = self.requests[0].budget if self.requests else self.budget
+        steps = max(1, max((r.generated for r in self.requests), default=0))
+        out["prefill_s"] = round(self.seconds["prefill"], 3)
+        out["decode_ms_per_step"] = round(1e3 * self.seconds["decode"] / steps, 2)
+        return out
+
+    @staticmethod
+    def estimate(model: PreTrainedModel, tokens: int, plan: str | Plan, kv_dtype: torch.dtype | None = None) -> dict[str, int]:
+        """Bytes of a request of `tokens` prompt tokens under `plan`: {"full", "device", "host"}, before running."""
+        return Plan.parse(plan).estimate(layer_shapes(model), kv_dtype or model.dtype, tokens)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on (of unpadded rows: batch rows with pads are refused)."""
+        if not 0 <= length <= self.seen:
+            raise AdaptiveKVError(f"length={length}: between 0 and the {self.seen} tokens seen")
+        for sequence in self.sequences:
+            if sequence.length != self.seen:
+                raise AdaptiveKVError("truncate: rows with pads cannot be cut at one length")
+            sequence.truncate(length)
+        self.seen = length
+
+    def end_prefill(self) -> None:
+        """The prompt has ended: decide and apply the plan now instead of at the first decode step."""
+        for request in self.requests:
+            if request.prefilling:
+                self.controller.end_prefill(request)
+
+    def clear(self) -> None:
+        """Free everything; the cache can be used again as new."""
+        for sequence in self.sequences:
+            sequence.free()
+        self.requests, self.seen, self._expected = [], 0, None
+        self.pool = self.pool if self.shared else None
+
+    def frozen_step(self) -> _Frozen:
+        """`with cache.frozen_step(): model(...)`: new tokens attend to the cache and each other, nothing is stored."""
+        return _Frozen(self)
+
+    # -- a step, driven by the attention function --------------------------------------------------------------------
+
+    def attend(
+        self, staged: Staged, query: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """query [B, Hq, q, d], mask [B, >= q] bool or None. Attends, then stores. Returns [B, Hq, q, v_dim]."""
+        q_len = query.shape[2]
+        if staged.layer == 0:
+            self._started = time.perf_counter()
+            self._begin(query.shape[0], q_len, None if mask is None else mask[:, -q_len:])
+        out = query.new_zeros(*query.shape[:3], staged.value.shape[3])
+        for b, request in enumerate(self.requests):
+            sequence, valid = request.sequence, self._valid[b]
+            if not self._new[b]:
+                continue
+            sequence.scaling = scale
+            q, k, v = query[b][:, valid], staged.key[b][:, valid], staged.value[b][:, valid]
+            stats = self.controller.wants_mass(request)
+            out[b][:, valid] = attend_sequence(sequence, staged.layer, q, k, v, scale, softcap, sinks, stats).to(out.dtype)
+            if not self.frozen:
+                if sequence.window:
+                    sequence.observe(staged.layer, q)
+                sequence.append(staged.layer, k, v, sequence.length + np.arange(self._new[b]))
+        if staged.layer == len(self.shapes) - 1:
+            self._end(q_len)
+        return out
+
+    def _begin(self, rows: int, q_len: int, mask: Tensor | None) -> None:
+        """First layer of a step: admit, decide, and make room for the pages this step will seal."""
+        everything = slice(None)
+        self._valid = [everything if mask is None or bool(m.all()) else m.nonzero()[:, 0] for m in (mask if mask is not None else [None] * rows)]  # type: ignore[union-attr]  # noqa: E501
+        self._new = [q_len if isinstance(v, slice) else len(v) for v in self._valid]
+        if not self.requests:
+            self._admit(rows, self._new)
+        if len(self.requests) != rows:
+            raise AdaptiveKVError(f"batch of {rows} rows: this cache holds {len(self.requests)}; use one cache per batch")
+        if self.frozen:
+            return
+        prompt = q_len > 1 or self.seen == 0
+        for request in self.requests:
+            if prompt and not request.prefilling:
+                request.prefilling, request.turn = True, request.turn + 1
+            elif not prompt:
+                if request.prefilling:
+                    self.controller.end_prefill(request)
+                self.controller.step(request)
+        need = sum(
+            r.sequence.columns_needed(n) * r.sequence.pool.column_bytes(FORMATS["native"])
+            for r, n in zip(self.requests, self._new, strict=True)
+        )
+        if need:
+            self.controller.make_room(self.requests, need)
+
+    def _end(self, q_len: int) -> None:
+        """Last layer of a step: the tokens count."""
+        if not self.frozen:
+            for request, n in zip(self.requests, self._new, strict=True):
+                request.sequence.commit(request.sequence.length + np.arange(n))
+            self.seen += q_len
+        kind = "prefill" if q_len > 1 else "decode"
+        self.seconds[kind] += time.perf_counter() - self._started
+
+    def _admit(self, rows: int, new: list[int]) -> None:
+        """Resolve the budget, make the pool, open a sequence a row, take the provisional decision."""
+        prompt, answer = self._expected or (max(new), self.max_new_tokens)
+        if self.positions and prompt > self.positions:
+            raise AdaptiveKVError(f"prompt of {prompt} tokens: the model has {self.positions} positions; shorten it")
+        full = sum(s.slot_elements for s in self.shapes) * 2 * (prompt + answer)
+        budget = self._budget_bytes(prompt, answer)
+        window = self.controller.window
+        if self.pool is None:
+            self.pool = self._make_pool(rows, prompt + answer, budget * rows if budget else None, window)
+        for n in new:
+            request = Request(Sequence(self.pool, window), n if self._expected is None else prompt, answer, budget, full)
+            request.facts = dict(self._facts)
+            self.requests.append(request)
+            self.controller.admit(request)
+
+    def _budget_bytes(self, prompt: int, answer: int) -> int | None:
+        if isinstance(self.budget, float):
+            return int(self.budget * sum(s.slot_elements for s in self.shapes) * 2 * (prompt + answer))
+        return self.budget
+
+    def _make_pool(self, rows: int, tokens: int, budget: int | None, window: int) -> PagePool:
+        native = FORMATS["native"]
+        column = sum(s.heads * native.bytes(s.k_dim, s.v_dim, self.dtype) for s in self.shapes)
+        fixed = Sequence.fixed_bytes(self.shapes, self.dtype, window)
+        pages = -(-tokens // PAGE) + 1
+        host = self.host if self.host is not None else rows * pages * column
+        widest = max(s.heads * (s.k_dim + s.v_dim) for s in self.shapes) * PAGE * 4  # a decoded page of every head
+        if budget is None:
+            longest = self.max_tokens or max(tokens, self.positions if self.device.type == "cpu" else 0)
+            capacity = rows * ((-(-longest // PAGE) + 2) * column + fixed + (1 << 16))
+            return PagePool(self.shapes, self.dtype, self.device, capacity, host, max(4 << 20, widest))
+        staging = max(widest, min(budget // 16, 16 << 20))
+        least = rows * (fixed + column * (1 if rows * tokens < PAGE else 2)) + staging
+        if budget < least:
+            raise too_small("the open tail and one page per head", least, budget)
+        return PagePool(self.shapes, self.dtype, self.device, budget - staging, host, staging)
+
+    def _generate(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
+        """transformers' own sampling loop, once the lengths are known; see `generate_kwargs`."""
+        config = kwargs["generation_config"]
+        if config.num_beams > 1 or config.num_return_sequences > 1:
+            raise AdaptiveKVError("AdaptiveCache does not support beams; use num_beams=1 and num_return_sequences=1")
+        if not self.requests:
+            prompt = input_ids.shape[1]
+            facts = {"distinct_share": len(set(input_ids[0].tolist())) / max(1, prompt)}
+            self.expect(prompt, max(1, config.max_length - prompt), facts | self._facts)
+        config.prefill_chunk_size = self.chunk
+        return model._sample(input_ids, **kwargs)
+
+
+class _Frozen:
+    def __init__(self, cache: AdaptiveCache):
+        self.cache = cache
+
+    def __enter__(self) -> None:
+        self.cache.frozen = True
+
+    def __exit__(self, *exc: object) -> None:
+        self.cache.frozen = False
+
+
+def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
+    """Shapes of the layers an AdaptiveCache owns. Raises AdaptiveKVError for models it cannot serve."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        raise AdaptiveKVError(f"model type {config.model_type}: latent attention keeps transformers' own cache")
+    kinds = DynamicCache(config=config).layers
+    if any(type(layer).__name__ == "DummyLayer" for layer in kinds):
+        raise AdaptiveKVError(f"model type {config.model_type}: layers that share one KV cache are not supported")
+    heads = config.num_attention_heads
+    k_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = LayerShape(getattr(config, "num_key_value_heads", None) or heads, heads, k_dim, getattr(config, "v_head_dim", None) or k_dim)
+    own = [shape for layer in kinds if type(layer) is DynamicLayer]
+    if not own:
+        raise AdaptiveKVError(f"model type {config.model_type}: it has no full-attention layer whose cache could be managed")
+    return own

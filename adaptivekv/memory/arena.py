@@ -1,0 +1,78 @@
+"""One preallocated run of bytes and the extents of it that are free."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from adaptivekv.errors import BudgetError
+from adaptivekv.kernels.codec import UNIT
+
+
+class ArenaFull(BudgetError):
+    """No free extent fits. The owner evicts, demotes or offloads, or compacts, and tries again."""
+
+
+class Arena:
+    """A byte buffer on one device, given out in multiples of `UNIT` bytes.
+
+    Pages of any format share it: freed extents are merged with their neighbours, so room left by pages of one format
+    can hold pages of another. Capacity is physical: `used` never passes `capacity`.
+    """
+
+    def __init__(self, capacity: int, device: torch.device | str = "cpu", pinned: bool = False):
+        self.capacity = capacity // UNIT * UNIT
+        # empty, not zeros: untouched memory of a CPU arena is never committed by the operating system
+        self.data = torch.empty(self.capacity, dtype=torch.uint8, device=device, pin_memory=pinned)
+        self.starts = np.zeros(1, np.int64)  # free extents, sorted, never adjacent
+        self.ends = np.full(1, self.capacity, np.int64)
+        self.used = 0
+        self.peak = 0
+
+    @property
+    def free_bytes(self) -> int:
+        return self.capacity - self.used
+
+    def room(self, size: int) -> int:
+        """How many blocks of `size` bytes fit into the free extents as they lie."""
+        return int(((self.ends - self.starts) // size).sum())
+
+    def alloc(self, size: int, n: int) -> np.ndarray:
+        """Take `n` blocks of `size` bytes, lowest addresses first. Returns byte offsets, int64 [n]."""
+        fits = (self.ends - self.starts) // size
+        total = np.cumsum(fits)
+        if n and (not len(total) or total[-1] < n):
+            raise ArenaFull(f"arena full: {n} blocks of {size} bytes asked, {self.free_bytes} of {self.capacity} free")
+        if not n:
+            return np.zeros(0, np.int64)
+        last = int(np.searchsorted(total, n))
+        take = fits[: last + 1].copy()
+        take[-1] = n - (total[last - 1] if last else 0)
+        within = np.arange(n) - np.repeat(np.cumsum(take) - take, take)
+        offsets = np.repeat(self.starts[: last + 1], take) + within * size
+        self.starts[: last + 1] += take * size
+        keep = self.starts < self.ends
+        self.starts, self.ends = self.starts[keep], self.ends[keep]
+        self.used += n * size
+        self.peak = max(self.peak, self.used)
+        return offsets
+
+    def free(self, offsets: np.ndarray, sizes: np.ndarray | int) -> None:
+        """Give blocks back and merge what touches."""
+        if not len(offsets):
+            return
+        starts = np.concatenate([self.starts, offsets])
+        ends = np.concatenate([self.ends, offsets + sizes])
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], ends[order]
+        assert (starts[1:] >= ends[:-1]).all(), "block freed twice"
+        first = np.concatenate([[True], starts[1:] > ends[:-1]])
+        self.starts = starts[first]
+        self.ends = ends[np.concatenate([first[1:], [True]])]
+        self.used = self.capacity - int((self.ends - self.starts).sum())
+
+    def check_integrity(self) -> None:
+        """The free extents are sorted, apart, inside the arena, and add up with what is used."""
+        assert (self.starts < self.ends).all() and (self.starts[1:] > self.ends[:-1]).all()
+        assert not len(self.ends) or (self.starts[0] >= 0 and self.ends[-1] <= self.capacity)
+        assert self.used == self.capacity - int((self.ends - self.starts).sum()) <= self.capacity

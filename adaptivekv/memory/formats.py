@@ -1,0 +1,62 @@
+"""Format descriptors: how the keys and the values of a page are encoded, each on its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.kernels import CODECS, Codec
+
+
+@dataclass(frozen=True)
+class Format:
+    """Encoding of one page. `rotate`: keys and values are stored Hadamard-rotated (QuaRot, arXiv 2404.00456)."""
+
+    name: str
+    k: Codec
+    v: Codec
+    rotate: bool = False
+
+    def bytes(self, k_dim: int, v_dim: int, dtype: torch.dtype) -> int:
+        """Stored bytes of one page, scales included."""
+        return self.k.part_bytes(k_dim, dtype) + self.v.part_bytes(v_dim, dtype)
+
+    def demotes(self, other: Format) -> bool:
+        """Whether going from this format to `other` only loses bits (a lost bit never comes back)."""
+        return self != other and other.k.bits <= self.k.bits and other.v.bits <= self.v.bits
+
+
+def _formats() -> dict[str, Format]:
+    c = CODECS
+    pairs = {"int8": ("int8", "int8"), "int4": ("int4", "int4"), "k4v2": ("int4", "int2"), "int2": ("int2", "int2")}
+    table = {"native": Format("native", c["native"], c["native"])}
+    for name, (k, v) in pairs.items():
+        table[name] = Format(name, c[k], c[v])
+        table[name + "r"] = Format(name + "r", c[k], c[v], rotate=True)
+    return table
+
+
+FORMATS = _formats()
+"""By name; a trailing `r` means rotated. The position in this table is a page's format code."""
+CODES = {name: i for i, name in enumerate(FORMATS)}
+BY_CODE = list(FORMATS.values())
+
+
+def parse_bytes(text: str | int | float) -> float | int:
+    """`0.25` (a share of the full cache, returned as float) or `64MiB`, `2GB`, `35000000` (bytes, returned as int)."""
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        value: float | int = text
+    else:
+        units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+        digits = str(text).strip().lower()
+        number = digits.rstrip("abcdefghijklmnopqrstuvwxyz ")
+        unit = digits[len(number) :].strip()
+        try:
+            value = float(number) if ("." in number and not unit) else int(float(number) * units[unit])
+        except (ValueError, KeyError):
+            raise AdaptiveKVError(f"budget {text!r}: use a share such as 0.25 or a size such as 64MiB") from None
+    if not (0 < value < float("inf")) or (isinstance(value, float) and value > 16):
+        raise AdaptiveKVError(f"budget {text!r}: must be above 0 (a share such as 0.25, or bytes such as 64MiB)")
+    return value

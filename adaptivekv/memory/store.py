@@ -1,0 +1,108 @@
+"""Save a sequence to a file and load it back: pages as stored, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adaptivekv.errors import CacheFileError
+from adaptivekv.memory.formats import BY_CODE
+from adaptivekv.memory.pages import TIERS, PagePool
+from adaptivekv.memory.sequence import Sequence
+
+VERSION = 1
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def _shape(pool: PagePool) -> str:
+    return json.dumps([str(pool.dtype), *[[s.heads, s.q_heads, s.k_dim, s.v_dim] for s in pool.layers]])
+
+
+def save(sequence: Sequence, path: str | Path) -> None:
+    """Write everything needed to go on from here, atomically, with a checksum over all of it."""
+    pool, tensors = sequence.pool, {}
+    for layer, table in enumerate(sequence.ids):
+        live = table[table >= 0]
+        key = pool.code[live].astype(np.int32) * len(TIERS) + pool.tier[live]
+        for value in np.unique(key):  # one matrix of stored bytes a format and tier
+            for part, raw in zip("kv", pool.raw(live[key == value]), strict=True):
+                tensors[f"{layer}.{part}.{value}"] = raw.cpu()
+        tensors[f"{layer}.table"] = torch.from_numpy(table >= 0)
+        tensors[f"{layer}.mass"] = torch.from_numpy(sequence.mass[layer].copy())
+        tensors[f"{layer}.meta"] = torch.from_numpy(np.stack([key, pool.count[live]]))
+        tensors[f"{layer}.pos"] = torch.from_numpy(pool.pos[live])
+        tensors[f"{layer}.tail_k"] = sequence.tail_k[layer].cpu().clone()
+        tensors[f"{layer}.tail_v"] = sequence.tail_v[layer].cpu().clone()
+        if sequence.ring:
+            tensors[f"{layer}.ring"] = sequence.ring[layer].cpu().clone()
+    tensors["tail_pos"] = torch.from_numpy(sequence.tail_pos.copy())
+    numbers = {"length": sequence.length, "tail_len": sequence.tail_len, "window": sequence.window}
+    head = {"version": VERSION, "shape": _shape(pool), "protected": sequence.protected, **numbers}
+    meta_text = {"adaptivekv": json.dumps(head, sort_keys=True)}
+    meta_text["sha256"] = hashlib.sha256((meta_text["adaptivekv"] + _digest(tensors)).encode()).hexdigest()
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, meta_text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(pool: PagePool, path: str | Path) -> Sequence:
+    """A sequence as `save` left it, on the tiers it had. Errors: CacheFileError; ArenaFull where there is no room."""
+    try:
+        with safe_open(path, "pt") as file:
+            head, checksum = json.loads(file.metadata()["adaptivekv"]), file.metadata()["sha256"]
+            text = file.metadata()["adaptivekv"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CacheFileError(f"saved cache {path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if head["version"] != VERSION:
+        raise CacheFileError(f"saved cache {path}: version {head['version']}, this program reads {VERSION}")
+    if head["shape"] != _shape(pool):
+        raise CacheFileError(f"saved cache {path}: made for another model or dtype")
+    if checksum != hashlib.sha256((text + _digest(tensors)).encode()).hexdigest():
+        raise CacheFileError(f"saved cache {path}: checksum differs, the file is damaged")
+    sequence = Sequence(pool, head["window"])
+    try:
+        for layer in range(len(pool.layers)):
+            _fill(sequence, layer, tensors)
+    except Exception:
+        sequence.free()
+        raise
+    sequence.length, sequence.tail_len = head["length"], head["tail_len"]
+    sequence.tail_pos[:] = tensors["tail_pos"].numpy()
+    sequence.protected = [tuple(span) for span in head["protected"]]
+    return sequence
+
+
+def _fill(sequence: Sequence, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    pool, (key, count) = sequence.pool, tensors[f"{layer}.meta"].numpy()
+    mask, pos = tensors[f"{layer}.table"].numpy(), tensors[f"{layer}.pos"].numpy()
+    table, live = np.full(mask.shape, -1, np.int32), np.full(len(key), -1, np.int32)
+    sequence.ids[layer], sequence.mass[layer] = table, tensors[f"{layer}.mass"].numpy().copy()
+    for value in np.unique(key):
+        raw, here = (tensors[f"{layer}.k.{value}"], tensors[f"{layer}.v.{value}"]), key == value
+        fmt, tier = BY_CODE[value // len(TIERS)], int(value % len(TIERS))
+        live[here] = pool.adopt(layer, raw, count[here], pos[here], fmt, tier)
+        table[mask] = live
+    sequence.tail_k[layer].copy_(tensors[f"{layer}.tail_k"])
+    sequence.tail_v[layer].copy_(tensors[f"{layer}.tail_v"])
+    if sequence.ring:
+        sequence.ring[layer].copy_(tensors[f"{layer}.ring"])
+
+

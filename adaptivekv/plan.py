@@ -1,0 +1,171 @@
+"""Plans: ordered pipelines of stages, written `snapkv(0.5) | k4v2 | offload(0.25)`; the empty plan is `full`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.formats import FORMATS
+from adaptivekv.memory.pages import LayerShape
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies import KINDS, STAGES, Stage
+
+_STAGE = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*\Z")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in the order evict, quantize, offload, retrieve; at most one of each kind.
+
+    `Plan.parse(str(plan)) == plan` for every plan.
+    """
+
+    stages: tuple[Stage, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | Plan) -> Plan:
+        """Read a plan. Raises AdaptiveKVError naming the position (counted from 1) and the nearest valid name."""
+        if isinstance(text, Plan):
+            return text
+        if text.strip() == "full":
+            return cls()
+        stages, at = [], 0
+        for part in text.split("|"):
+            where = f"plan {text!r}, position {at + len(part) - len(part.lstrip()) + 1}"
+            stages.append(_stage(part, where))
+            at += len(part) + 1
+        order = [KINDS.index(stage.kind) for stage in stages]
+        for before, after in zip(stages, stages[1:], strict=False):
+            if KINDS.index(before.kind) >= KINDS.index(after.kind):
+                raise AdaptiveKVError(
+                    f"plan {text!r}: {after.name} ({after.kind}) cannot follow {before.name} ({before.kind}); "
+                    f"the order is {', '.join(KINDS)}, at most one of each"
+                )
+        assert order == sorted(order)
+        return cls(tuple(stages))
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.stages)) or "full"
+
+    def stage(self, kind: str) -> Any:
+        """The stage of a kind, or None."""
+        return next((stage for stage in self.stages if stage.kind == kind), None)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(stage.needs for stage in self.stages))
+
+    @property
+    def lossy(self) -> bool:
+        return any(stage.lossy for stage in self.stages)
+
+    @property
+    def window(self) -> int:
+        """Queries the observation ring must hold for this plan (0: no ring)."""
+        return max((getattr(s, "window", 0) for s in self.stages if "queries" in s.needs), default=0)
+
+    def features(self) -> dict[str, float]:
+        """Plan features as the selector sees them (features/schema.py)."""
+        out = {"keep": 1.0, "k_bits": 16.0, "v_bits": 16.0, "device_share": 1.0, "read_share": 1.0}
+        out |= {"is_streaming": 0.0, "is_snapkv": 0.0, "is_h2o": 0.0}
+        for stage in self.stages:
+            out |= stage.features()
+        return out
+
+    def apply(self, sequence: Sequence) -> None:
+        """Bring a request whose prompt has ended into this plan's state."""
+        sequence.retrieve = None
+        for stage in self.stages:
+            stage.apply(sequence)
+
+    def maintain(self, sequence: Sequence) -> None:
+        """Restore the plan's state after pages were sealed: what grew old is quantized, offloaded, evicted."""
+        for stage in self.stages:
+            if stage.kind != "evict" or getattr(stage, "growing", False):
+                stage.apply(sequence)
+
+    def estimate(self, layers: list[LayerShape], dtype: torch.dtype, tokens: int) -> dict[str, int]:
+        """Bytes of a request of `tokens` prompt tokens right after its prefill.
+
+        Returns {"full": all tokens native, "device": ..., "host": ...}; the device part counts pages, the open tail
+        and page bounds, not the observation ring, which is given back when the prompt has ended.
+        """
+        evict, quantize, offload, retrieve = (self.stage(kind) for kind in KINDS)
+        native, tail = FORMATS["native"], tokens % PAGE
+        sealed = tokens - tail
+        if evict:
+            sealed = min(sealed, max(0, round(evict.keep * tokens) - tail))
+        pages = -(-sealed // PAGE)
+        # pages of the newest and the first tokens stay native; after eviction the newest ones are still contiguous
+        keep_native = 0
+        if quantize:
+            recent = -(-max(0, quantize.window - tail) // PAGE) if sealed else 0
+            keep_native = min(pages, recent + (1 if quantize.sinks else 0))
+        device = host = bounds = 0
+        for shape in layers:
+            kind = quantize.format if quantize else native
+            page = [f.bytes(shape.k_dim, shape.v_dim, dtype) * shape.heads for f in (native, kind)]
+            columns = [page[0]] * keep_native + [page[1]] * (pages - keep_native)
+            stays = sum(columns)
+            if offload:
+                stays, limit = 0, offload.device * sum(columns)
+                for column in columns:
+                    if stays + column > limit:
+                        break
+                    stays += column
+            device, host = device + stays, host + sum(columns) - stays
+            if retrieve:
+                bounds += -(-2 * shape.k_dim * dtype.itemsize // 256) * 256 * pages * shape.heads
+        return {
+            "full": sum(s.slot_elements for s in layers) * dtype.itemsize * tokens,
+            "device": device + bounds + Sequence.fixed_bytes(layers, dtype, 0),
+            "host": host,
+        }
+
+
+def _stage(part: str, where: str) -> Stage:
+    match = _STAGE.match(part)
+    if not match:
+        raise AdaptiveKVError(f"{where}: {part.strip()!r} is not a stage; write name or name(share, option=value)")
+    name, args = match.groups()
+    if name not in STAGES:
+        raise AdaptiveKVError(f"{where}: unknown stage {name!r}{_nearest(name, [*STAGES, 'full'])}")
+    kind = STAGES[name]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for i, arg in enumerate(args.split(",") if args and args.strip() else []):
+        key, given, value = arg.rpartition("=")
+        key = key.strip() if given else next(iter(fields)) if i == 0 else ""
+        if key not in fields:
+            raise AdaptiveKVError(f"{where}: {name} has no parameter {key or arg.strip()!r}{_nearest(key, list(fields))}")
+        if key in values:
+            raise AdaptiveKVError(f"{where}: {name} is given {key} twice")
+        values[key] = _value(value.strip(), f"{where}: {name}({key})")
+    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise AdaptiveKVError(f"{where}: {name} needs {missing[0]}, as in {name}(0.5)")
+    try:
+        return kind(**values)
+    except AdaptiveKVError as error:
+        raise AdaptiveKVError(f"{where}: {name}: {error}") from None
+
+
+def _value(text: str, where: str) -> float | bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        raise AdaptiveKVError(f"{where}: {text!r} is not a number") from None
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1, 0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
