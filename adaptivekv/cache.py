@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,8 @@ class AdaptiveCache(Cache):
         self.controller = controller or Controller(fixed, selector, quality)
         self.budget = None if budget is None else parse_bytes(budget)
         self.host = None if host is None else 0 if host in (0, "0") else int(parse_bytes(host))
+        if fixed and fixed.stage("offload") and self.host == 0:
+            raise AdaptiveKVError(f"plan {fixed} offloads to the host, but host=0; give it host bytes")
         self.max_new_tokens, self.max_tokens = max_new_tokens, max_tokens
         self.shapes = layer_shapes(model)
         self.dtype, self.device = kv_dtype or model.dtype, model.device
@@ -179,6 +182,28 @@ class AdaptiveCache(Cache):
         for request in self.requests:
             if request.prefilling:
                 self.controller.end_prefill(request)
+
+    def branch(self, model: PreTrainedModel, controller: Controller) -> AdaptiveCache:
+        """A second cache over the same sealed pages, under its own controller; pages are copied when they change."""
+        other = AdaptiveCache(model, controller=controller, kv_dtype=self.dtype, pool=self.pool)
+        other.budget, other.seen = self.budget, self.seen
+        for mine in self.requests:
+            request = Request(mine.sequence.fork(), mine.prompt, mine.new, mine.budget, mine.full)
+            request.facts, request.turn, request.prefilling = dict(mine.facts), mine.turn, mine.prefilling
+            other.requests.append(request)
+            controller.admit(request)
+        return other
+
+    def adopt(self, load: Callable[[PagePool], Sequence], length: int, new: int) -> None:
+        """Take up a saved sequence of `length` tokens as this cache's only row; `load` reads it into the pool."""
+        self.clear()
+        budget = self._budget_bytes(length, new)
+        if self.pool is None:
+            self.pool = self._make_pool(1, length + new, budget, self.controller.window)
+        full = sum(s.slot_elements for s in self.shapes) * 2 * (length + new)
+        self.requests = [Request(load(self.pool), length, new, budget, full)]
+        self.seen = length
+        self.controller.admit(self.requests[0])
 
     def clear(self) -> None:
         """Free everything; the cache can be used again as new."""

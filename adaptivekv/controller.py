@@ -74,6 +74,7 @@ class Controller:
 
     plan: a fixed plan (nothing is selected). selector: ranks `candidates` otherwise. quality: largest acceptable mean
     loss, nats per token. epoch: decode steps between two decisions. epsilon: chance of exploring a near-frontier plan.
+    watch: keep the queries and page mass that any candidate would need, though the plan is fixed (to branch from).
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Controller:
         epoch: int = 32,
         epsilon: float = 0.0,
         seed: int = 0,
+        watch: bool = False,
     ):
-        self.fixed, self.selector, self.quality = plan, selector or RuleTable(), quality
+        self.fixed, self.selector, self.quality, self.watch = plan, selector or RuleTable(), quality, watch
         self.plans = [Plan.parse(text) for text in candidates]
         self.rows = np.stack([schema.row(p.features(), schema.PLAN_NAMES) for p in self.plans])
         self.epoch, self.epsilon = epoch, epsilon
@@ -98,15 +100,14 @@ class Controller:
         return "fixed" if self.fixed is not None else self.selector.name
 
     @property
-    def needs(self) -> frozenset[str]:
-        plans = [self.fixed] if self.fixed is not None else self.plans
-        return frozenset().union(*(plan.needs for plan in plans))
+    def possible(self) -> list[Plan]:
+        """The plans whose needs must be met before the prompt has ended."""
+        return self.plans if self.fixed is None else [self.fixed, *(self.plans if self.watch else [])]
 
     @property
     def window(self) -> int:
         """Queries the observation ring must hold until the prompt has ended."""
-        plans = [self.fixed] if self.fixed is not None else self.plans
-        return max(plan.window for plan in plans)
+        return max(plan.window for plan in self.possible)
 
     # -- moments -----------------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class Controller:
     def wants_mass(self, request: Request) -> bool:
         """Whether this step should measure page mass: the last step of an epoch, or any step of a prompt."""
         if request.prefilling:
-            return self.fixed is None or "mass" in self.fixed.needs
+            return self.fixed is None or self.watch or "mass" in self.fixed.needs
         return request.generated % self.epoch == self.epoch - 1
 
     # -- deciding ----------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ class Controller:
     def _squeeze(self, request: Request, need: int) -> None:
         """Apply the plan's own lossy stages now."""
         evict, quantize = request.plan.stage("evict"), request.plan.stage("quantize")
-        if evict:
+        if evict and (request.prefilling or evict.growing):
             evict.apply(request.sequence)
             request.kept, request.evictor = min(request.kept, evict.keep), evict.name
         if quantize:

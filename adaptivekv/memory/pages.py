@@ -253,7 +253,7 @@ class PagePool:
         self._vacate(dead)
         for layer in np.unique(self.layer[dead]):
             bound = dead[(self.layer[dead] == layer) & (self.b_off[dead] >= 0)]
-            self.arena(DEVICE).free(self.b_off[bound], self._bounds_bytes(layer))
+            self.arena(DEVICE).free(self.b_off[bound], self.bounds_bytes(layer))
             self.b_off[bound] = -1
         self.free_ids = np.concatenate([dead.astype(np.int32), self.free_ids])
 
@@ -306,7 +306,7 @@ class PagePool:
         Kept on the device beside the pages, wherever those live, from the first call on (Quest, arXiv 2406.10774).
         """
         layer = int(self.layer[ids[0]])
-        dim, size = self.layers[layer].k_dim, self._bounds_bytes(layer)
+        dim, size = self.layers[layer].k_dim, self.bounds_bytes(layer)
         for group in self.groups(np.unique(ids[self.b_off[ids] < 0])):
             k = self.keys(group)
             used = torch.arange(PAGE) < torch.from_numpy(self.count[group])[:, None]
@@ -322,7 +322,7 @@ class PagePool:
         raw = self._fetch(self.arena(DEVICE), self.b_off[ids], size)
         return raw[:, : 2 * dim * self.dtype.itemsize].contiguous().view(self.dtype).view(len(ids), 2, dim)
 
-    def _bounds_bytes(self, layer: int) -> int:
+    def bounds_bytes(self, layer: int) -> int:
         return -(-2 * self.layers[layer].k_dim * self.dtype.itemsize // UNIT) * UNIT
 
     def _blocks(self, tier: int) -> list[tuple[int, int, np.ndarray, int]]:
@@ -334,7 +334,7 @@ class PagePool:
                 k_size, v_size = self._parts(layer, BY_CODE[self.code[page]])
                 out += [(int(self.k_off[page]), k_size, self.k_off, page), (int(self.v_off[page]), v_size, self.v_off, page)]
             if tier == DEVICE and self.b_off[page] >= 0:
-                out.append((int(self.b_off[page]), self._bounds_bytes(layer), self.b_off, page))
+                out.append((int(self.b_off[page]), self.bounds_bytes(layer), self.b_off, page))
         return sorted(out, key=lambda block: block[0])
 
     def compact(self, tier: int = DEVICE) -> None:

@@ -351,11 +351,13 @@ class Sequence:
         return (slots / heads + self.tail_len) / max(1, self.length)
 
     def bytes(self, tier: int = DEVICE) -> int:
-        """Bytes of the sealed pages on `tier` (shared pages count whole), plus tail and ring on the device."""
+        """Bytes of the sealed pages on `tier` (shared pages count whole); on the device also bounds, tail and ring."""
         total = 0
         for layer, ids in enumerate(self.pages()):
             codes, n = np.unique(self.pool.code[ids[self.pool.tier[ids] == tier]], return_counts=True)
             total += sum(int(c) * self.pool.page_bytes(layer, BY_CODE[code]) for code, c in zip(codes, n, strict=True))
+            if tier == DEVICE:
+                total += int((self.pool.b_off[ids] >= 0).sum()) * self.pool.bounds_bytes(layer)
         return total + (sum(self.pool.regions[r] for r in self._regions) if tier == DEVICE else 0)
 
     def check_integrity(self) -> None:

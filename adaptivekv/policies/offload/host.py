@@ -48,7 +48,9 @@ class Offload(Stage):
             stays = np.zeros(len(columns), bool)
             stays[best] = np.cumsum(columns[best]) <= self.device * columns.sum()
             live = ids >= 0
-            sequence.move(layer, live & ~stays & (pool.tier[ids] == DEVICE), HOST)
+            leave = live & ~stays & (pool.tier[ids] == DEVICE)
+            if size[leave].sum() <= pool.host_free:  # a full host tier keeps them on the device, under its own pressure
+                sequence.move(layer, leave, HOST)
             back = live & stays & (pool.tier[ids] == HOST)
             if size[back].sum() <= pool.arena(DEVICE).free_bytes - pool.reserved:
                 sequence.move(layer, back, DEVICE)

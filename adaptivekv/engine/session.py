@@ -1,0 +1,245 @@
+"""A conversation over one AdaptiveCache: read, answer, go on, park on disk, come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptivekv.cache import AdaptiveCache
+from adaptivekv.controller import DEFAULT_QUALITY, Controller
+from adaptivekv.engine.sampling import Sampler
+from adaptivekv.errors import AdaptiveKVError, CacheFileError
+from adaptivekv.features.request import text_features
+from adaptivekv.memory import store
+from adaptivekv.memory.pages import DEVICE, HOST
+from adaptivekv.model import LoadedModel
+from adaptivekv.plan import Plan
+from adaptivekv.selector import Selector
+
+Message = dict[str, str]
+
+
+@dataclass
+class Options:
+    """How a session's cache is kept. Budget and host: bytes, "64MiB", or (budget) a share of the full cache."""
+
+    budget: str | float | int | None = None
+    quality: float = DEFAULT_QUALITY
+    plan: str | None = None
+    selector: Selector | None = None
+    host: str | int | None = None
+    kv_dtype: torch.dtype | None = None  # None: 16 bits, whatever the model computes in
+    epsilon: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class Answer:
+    """One answer and what it took, in the shape of `adaptivekv generate --json`."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str  # "stop" or "length"
+    tokens: list[int] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class Session:
+    """Messages in, text out; keys and values of everything said stay in one cache between turns.
+
+    Not safe for concurrent use: one answer at a time.
+    """
+
+    def __init__(self, loaded: LoadedModel, options: Options | None = None):
+        self.loaded, self.options = loaded, options or Options()
+        self.tokens: list[int] = []  # whose keys and values the cache has seen
+        self.cache = self._new_cache()
+        self.last: Answer | None = None
+
+    def _new_cache(self) -> AdaptiveCache:
+        o, model = self.options, self.loaded.model
+        dtype = o.kv_dtype or (torch.float16 if model.dtype == torch.float32 else model.dtype)
+        plan = None if o.plan is None else Plan.parse(o.plan)
+        controller = Controller(plan, o.selector, o.quality, epsilon=o.epsilon, seed=o.seed)
+        return AdaptiveCache(
+            model, o.budget, o.quality, o.plan, o.selector, dtype, o.host, controller=controller
+        )
+
+    # -- text in, text out -------------------------------------------------------------------------------------------
+
+    def encode(self, messages: list[Message], raw: bool = False) -> list[int]:
+        """Token ids of a conversation, ready for the assistant to speak; `raw`: the contents alone, no template."""
+        tokenizer = self.loaded.tokenizer
+        if not any(m["content"].strip() for m in messages):
+            raise AdaptiveKVError("empty prompt: give some text")
+        if raw or not tokenizer.chat_template:
+            return tokenizer("".join(m["content"] for m in messages), verbose=False).input_ids
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+    def read(self, messages: list[Message], expect_new: int = 256, raw: bool = False) -> None:
+        """Take in a conversation's beginning (a document) and compress it now, before any question is known.
+
+        The template's tokens after the last message are left for what follows.
+        """
+        ids = self.encode(messages, raw)
+        if not raw and self.loaded.tokenizer.chat_template:
+            other = self.encode([*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + " x"}])
+            ids = ids[: _common(ids, other)]
+        self._check(len(ids), expect_new)
+        self._feed(ids, expect_new, "".join(m["content"] for m in messages), None)
+        self.cache.end_prefill()
+
+    def answer(
+        self, messages: list[Message], max_new_tokens: int = 256, sampler: Sampler | None = None, raw: bool = False
+    ) -> Iterator[str]:
+        """Yields the answer's text as it comes; `self.last` then holds the whole of it with its report."""
+        ids, sampler = self.encode(messages, raw), sampler or Sampler(seed=self.options.seed)
+        if max_new_tokens < 1:
+            raise AdaptiveKVError(f"max_new_tokens={max_new_tokens}: at least 1")
+        limit = self._check(len(ids), max_new_tokens)
+        prompt = len(ids)
+        logits = self._feed(ids, limit, "".join(m["content"] for m in messages), len(messages[-1]["content"]))
+        stops = self._stops()
+        out: list[int] = []
+        text, reason = "", "length"
+        while True:
+            token = sampler(logits)
+            if token in stops:
+                reason = "stop"
+                break
+            out.append(token)
+            new = self.loaded.tokenizer.decode(out, skip_special_tokens=True)
+            if not new.endswith("\ufffd"):  # half a character waits for its other half
+                yield new[len(text) :]
+                text = new
+            if len(out) == limit:
+                break
+            logits = self._forward([token])
+        self.last = Answer(text, prompt, len(out), reason, out, self.cache.report())
+
+    def _stops(self) -> set[int]:
+        stop = self.loaded.model.generation_config.eos_token_id
+        return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+
+    def _check(self, prompt: int, new: int) -> int:
+        """How many new tokens there is room for in the model's positions."""
+        positions = self.cache.positions
+        if positions and prompt >= positions:
+            raise AdaptiveKVError(f"prompt of {prompt} tokens: the model has {positions} positions; shorten it")
+        return min(new, positions - prompt) if positions else new
+
+    def _feed(self, ids: list[int], new: int, text: str, question: int | None) -> torch.Tensor:
+        """Forward what the cache has not seen of `ids`, in chunks. Returns the last logits [V]."""
+        common = min(_common(ids, self.tokens), len(ids) - 1)
+        if common < len(self.tokens):  # the conversation was edited, or its answer re-encoded differently
+            self.cache.truncate(common)
+            del self.tokens[common:]
+        if not self.cache.requests:
+            self.cache.expect(len(ids), new, text_features(text, ids, question))
+        step, logits = self.cache.chunk, None
+        for start in range(common, len(ids), step):
+            logits = self._forward(ids[start : start + step])
+        assert logits is not None
+        return logits
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int]) -> torch.Tensor:
+        device, at = self.loaded.device, len(self.tokens)
+        out = self.loaded.model(
+            torch.tensor([ids], device=device),
+            past_key_values=self.cache,
+            position_ids=torch.arange(at, at + len(ids), device=device)[None],
+            logits_to_keep=1,
+        )
+        self.tokens += ids
+        self.cache.observe_logits(out.logits[:, -1])
+        return out.logits[0, -1]
+
+    # -- facts and rest ----------------------------------------------------------------------------------------------
+
+    def result(self) -> dict[str, Any]:
+        """The last answer in the JSON shape of the command line."""
+        assert self.last is not None
+        a, (request,) = self.last, self.cache.requests
+        token = sum(s.slot_elements for s in self.cache.shapes) * 2
+        return {
+            "text": a.text,
+            "plan": str(request.plan),
+            "prompt_tokens": a.prompt_tokens,
+            "new_tokens": a.new_tokens,
+            "finish_reason": a.finish_reason,
+            "decisions": a.report["requests"][0]["decisions"],
+            "kv_bytes": {
+                "full": token * (a.prompt_tokens + a.new_tokens),
+                "budget": request.budget,
+                "device_peak": a.report["device_peak"],
+                "device_end": request.sequence.bytes(DEVICE),
+                "host_end": request.sequence.bytes(HOST),
+                "disk_end": 0,
+            },
+            "timing": {
+                "prefill_s": a.report["prefill_s"],
+                "decode_ms_per_token": a.report["decode_ms_per_step"],
+                "controller_us_per_step": a.report["controller_us_per_step"],
+            },
+        }
+
+    def close(self) -> None:
+        self.cache.clear()
+        self.tokens = []
+
+    def save(self, folder: str | Path) -> None:
+        """Park the conversation on disk: `cache.safetensors`, then `session.json` that makes it valid."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (request,) = self.cache.requests
+        store.save(request.sequence, folder / "cache.safetensors")
+        state = {
+            "model": self.loaded.name, "tokens": self.tokens, "plan": str(request.plan), "kept": request.kept,
+            "evictor": request.evictor, "turn": request.turn, "generated": request.generated, "saved": time.time(),
+        }  # fmt: skip
+        partial = folder / f"session.json.{os.getpid()}.partial"
+        partial.write_text(json.dumps(state))
+        os.replace(partial, folder / "session.json")
+
+    def restore(self, folder: str | Path, new: int = 256) -> bool:
+        """Take up a parked conversation; False where there is none. A damaged one raises CacheFileError."""
+        folder = Path(folder)
+        if not (folder / "session.json").exists():
+            return False
+        try:
+            state = json.loads((folder / "session.json").read_text())
+            tokens, name = [int(t) for t in state["tokens"]], state["model"]
+            plan = Plan.parse(state["plan"])
+            kept, evictor = float(state["kept"]), str(state["evictor"])
+            turn, generated = int(state["turn"]), int(state["generated"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheFileError(f"session {folder}: session.json cannot be read ({error}); delete the folder") from None
+        if name != self.loaded.name:
+            raise CacheFileError(f"session {folder}: made with model {name!r}, this one is {self.loaded.name!r}")
+        self.cache.adopt(lambda pool: store.load(pool, folder / "cache.safetensors"), len(tokens), new)
+        (request,) = self.cache.requests
+        request.plan = plan if self.options.plan is None else Plan.parse(self.options.plan)
+        request.kept, request.evictor = kept, evictor
+        request.turn, request.generated, request.prefilling = turn, generated, False
+        request.sequence.retrieve = request.plan.stage("retrieve")
+        self.tokens = tokens
+        return True
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common prefix."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+

@@ -1,0 +1,146 @@
+"""How one page part is stored: the keys, or the values, of 64 slots of one KV head.
+
+A part is a run of bytes in an arena whose length is a multiple of 256, so that the whole arena can be read as rows.
+`native` stores the model's own dtype. `intN` stores N-bit levels with one float16 scale and zero per slot, over the
+whole head dimension: `value = level * scale + zero`. One pair per slot is what lets attention fold them into scores
+and probabilities instead of touching every element.
+
+    intN part: levels (uint8, 64 * dim * N / 8 bytes) | scale float16 [64] | zero float16 [64] | padding to 256
+    int8: byte j of a slot is dim j
+    int4: byte j holds dim j in its low nibble and dim j + dim/2 in its high nibble
+    int2: byte j holds dims j, j + dim/4, j + dim/2, j + 3*dim/4, from the low bits to the high
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptivekv.errors import AdaptiveKVError
+
+PAGE = 64
+"""Slots in a page."""
+
+UNIT = 256
+"""Bytes; the length and the offset of every page part are multiples of it."""
+
+_HALF_MAX = 65504.0  # the largest finite float16
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to store a page part. Use the instances in `CODECS`.
+
+    name: "native", "int8", "int4" or "int2".
+    bits: bits per element; 16 stands for "the model's own dtype" whatever its size.
+    """
+
+    name: str
+    bits: int
+
+    @property
+    def native(self) -> bool:
+        """True when elements are kept in the model's dtype, without scales."""
+        return self.bits == 16
+
+    def check(self, dim: int) -> None:
+        """Raise AdaptiveKVError unless a head dimension of `dim` packs into whole bytes."""
+        group = 1 if self.native else 8 // self.bits
+        if dim <= 0 or dim % group:
+            raise AdaptiveKVError(f"head dimension {dim} does not fit {self.name}: it must be a multiple of {group}")
+
+    def payload_bytes(self, dim: int, dtype: torch.dtype) -> int:
+        """Bytes of the elements alone, without scales and padding."""
+        return PAGE * dim * dtype.itemsize if self.native else PAGE * dim * self.bits // 8
+
+    def part_bytes(self, dim: int, dtype: torch.dtype) -> int:
+        """Exact stored bytes of one part, scales included, rounded up to UNIT.
+
+        dim: head dimension; dtype: the model's dtype (used by native). Raises AdaptiveKVError if `dim` does not pack.
+        """
+        self.check(dim)
+        size = self.payload_bytes(dim, dtype) + (0 if self.native else 2 * PAGE * 2)
+        return -(-size // UNIT) * UNIT
+
+    def encode(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Encode parts.
+
+        x: [n, 64, dim], any float dtype; dtype: the native storage dtype, by default x's own.
+        Returns uint8 [n, part_bytes]; equal inputs give equal bytes, padding included.
+        Raises AdaptiveKVError for a shape that is not [n, 64, dim] or a `dim` that does not pack.
+        """
+        if x.dim() != 3 or x.shape[1] != PAGE:
+            raise AdaptiveKVError(f"a page part is [n, {PAGE}, dim], got {list(x.shape)}")
+        n, _, dim = x.shape
+        dtype = dtype or x.dtype
+        out = x.new_zeros(n, self.part_bytes(dim, dtype), dtype=torch.uint8)
+        end = self.payload_bytes(dim, dtype)
+        if self.native:
+            out[:, :end] = x.to(dtype).reshape(n, PAGE * dim).view(torch.uint8)
+            return out
+        low, high = x.float().aminmax(dim=-1, keepdim=True)  # [n, 64, 1]
+        scale = ((high - low) / self._top).clamp_(max=_HALF_MAX).half()
+        zero = low.clamp(-_HALF_MAX, _HALF_MAX).half()
+        # Levels are taken against the rounded pair, the one that decoding sees. A scale of 0 (a constant row, or a
+        # range below float16) gives level 0, and the row decodes to its zero.
+        step = scale.float()
+        levels = (x.float() - zero.float()).div_(step.masked_fill(step == 0, torch.inf)).round_().clamp_(0, self._top)
+        out[:, :end] = self._pack(levels.to(torch.uint8)).reshape(n, end)
+        out[:, end : end + 2 * PAGE] = scale.reshape(n, PAGE).view(torch.uint8)
+        out[:, end + 2 * PAGE : end + 4 * PAGE] = zero.reshape(n, PAGE).view(torch.uint8)
+        return out
+
+    def decode(self, raw: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        """Decode parts: uint8 [n, part_bytes] -> float32 [n, 64, dim]. dtype: the native storage dtype.
+
+        Slots that were never written decode to anything, NaN included: mask them.
+        """
+        elements, pair = self.unpack(raw, dim, dtype)
+        if pair is None:
+            return elements.float()
+        scale, zero = pair
+        return torch.addcmul(zero[..., None], elements, scale[..., None])
+
+    def unpack(self, raw: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Take parts apart without applying the scales.
+
+        raw: uint8 [n, part_bytes]. Returns (values float32 [n, 64, dim], None) for native, otherwise
+        (levels float32 [n, 64, dim], (scale, zero)), both float32 [n, 64].
+        """
+        n = raw.shape[0]
+        end = self.payload_bytes(dim, dtype)
+        if self.native:
+            return raw[:, :end].view(dtype).view(n, PAGE, dim).float(), None
+        pair = raw[:, end : end + 4 * PAGE].view(torch.float16).float()  # [n, 2 * 64]
+        packed = raw[:, :end].view(n, PAGE, -1)
+        return self._levels(packed, dim), (pair[:, :PAGE], pair[:, PAGE:])
+
+    @property
+    def _top(self) -> int:
+        return (1 << self.bits) - 1
+
+    def _pack(self, levels: Tensor) -> Tensor:
+        """uint8 levels [n, 64, dim] -> packed uint8 [n, 64, dim * bits / 8]."""
+        parts = levels.chunk(8 // self.bits, dim=-1)
+        packed = parts[0].clone()
+        for i, part in enumerate(parts[1:], 1):
+            packed |= part << (i * self.bits)
+        return packed
+
+    def _levels(self, packed: Tensor, dim: int) -> Tensor:
+        """Packed uint8 [n, 64, dim * bits / 8] -> float32 levels [n, 64, dim]."""
+        if self.bits == 8:
+            return packed.float()
+        n, width = packed.shape[0], packed.shape[-1]
+        levels = packed.new_empty(n, PAGE, dim, dtype=torch.float32)
+        for i in range(8 // self.bits):
+            part = packed >> (i * self.bits) if i else packed
+            # The last group has nothing above it, so its shift alone isolates it.
+            levels[..., i * width : (i + 1) * width] = part if (i + 1) * self.bits == 8 else part & self._top
+        return levels
+
+
+CODECS: dict[str, Codec] = {
+    c.name: c for c in (Codec("native", 16), Codec("int8", 8), Codec("int4", 4), Codec("int2", 2))
+}
+"""Every codec by name."""

@@ -1,0 +1,79 @@
+"""The pictures of a training run. Figures only, no pyplot: nothing global, no display."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from adaptivekv.selector import LOSS_FLOOR, Prediction
+from adaptivekv.trainer.dataset import Rows
+from adaptivekv.trainer.scoring import QUALITIES, Choice, Request
+
+
+def figure(title: str, x: str, y: str, size: tuple[float, float] = (7, 4.5)) -> tuple[Figure, Any]:
+    made = Figure(figsize=size, layout="constrained")
+    axes = made.add_subplot()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return made, axes
+
+
+def frontier(requests: list[Request], path: Path) -> Path:
+    """Mean bytes against mean loss of every plan, each by the request's full cache."""
+    made, axes = figure("Plans: bytes against loss", "bytes / full cache", "loss, nats per token (+1e-6)")
+    points: dict[str, list[tuple[float, float]]] = {}
+    for request in requests:
+        share = request.price / max(request.price[request.full], 1e-9)
+        for plan, x, y in zip(request.rows.plan, share, request.rows.loss, strict=True):
+            points.setdefault(str(plan), []).append((x, y))
+    for plan, pairs in points.items():
+        x, y = np.array(pairs).mean(axis=0)
+        axes.scatter(x, y + LOSS_FLOOR)
+        axes.annotate(plan, (x, y + LOSS_FLOOR), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes.set_yscale("log")
+    for quality in QUALITIES:
+        axes.axhline(quality, color="0.8", linewidth=0.8, zorder=0)
+    made.savefig(path, dpi=110)
+    return path
+
+
+def calibration(rows: Rows, predicted: Prediction, path: Path) -> Path:
+    """Predicted against measured loss."""
+    made, axes = figure("Calibration on the select split", "predicted loss, nats (+1e-6)", "measured (+1e-6)")
+    for name, x in (("mean model", predicted.loss), ("high quantile", predicted.loss_high)):
+        axes.loglog(x + LOSS_FLOOR, rows.loss + LOSS_FLOOR, ".", markersize=3, alpha=0.6, label=name)
+    ends = [LOSS_FLOOR, max(rows.loss.max(), predicted.loss_high.max()) + LOSS_FLOOR]
+    axes.loglog(ends, ends, color="0.6", linewidth=0.8)
+    axes.legend()
+    made.savefig(path, dpi=110)
+    return path
+
+
+def importance(names: list[str], values: np.ndarray, path: Path) -> Path:
+    """Rise of the loss model's squared error when one input is shuffled; the largest fifteen."""
+    top = np.argsort(values)[-15:]
+    made, axes = figure("What the loss model looks at", "rise of squared error when shuffled", "")
+    axes.barh([names[i] for i in top], values[top])
+    made.savefig(path, dpi=110)
+    return path
+
+
+def decisions(requests: list[Request], choose: Choice, path: Path) -> Path:
+    """The plan chosen most often, and its mean cost, by scenario and SLO."""
+    scenarios = sorted({str(r.rows.scenario[0]) for r in requests})
+    cost = np.zeros((len(scenarios), len(QUALITIES)))
+    size = (3 + 1.7 * len(QUALITIES), 1.5 + 0.5 * len(scenarios))
+    made, axes = figure("Decisions: most chosen plan", "quality SLO, nats per token", "", size)
+    for i, scenario in enumerate(scenarios):
+        for j, quality in enumerate(QUALITIES):
+            chosen = [(r, choose(r, quality)) for r in requests if r.rows.scenario[0] == scenario]
+            cost[i, j] = np.mean([r.cost[k] for r, k in chosen])
+            plan, times = Counter(str(r.rows.plan[k]) for r, k in chosen).most_common(1)[0]
+            axes.text(j, i, f"{plan}\n{times}/{len(chosen)}", ha="center", va="center", fontsize=7)
+    shade = axes.imshow(cost, cmap="YlGn_r", vmin=0, vmax=1, aspect="auto", alpha=0.6)
+    axes.set_xticks(range(len(QUALITIES)), [str(q) for q in QUALITIES])
+    axes.set_yticks(range(len(scenarios)), scenarios)
+    made.colorbar(shade, label="cost / full cache")
+    made.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,193 @@
+"""Fit a selector from trajectories, prove and score the exported files, log everything to one MLflow run."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.features import schema
+from adaptivekv.selector import LOSS_FLOOR, MAX_LEAVES, Prediction, TreeSelector, is_lossless
+from adaptivekv.trainer import dataset, export, scoring, tracking
+from adaptivekv.trainer.dataset import Rows
+
+TREES = 30
+QUANTILE = 0.9
+FOLDS = 5
+# More kept, more bits, more read: never more loss. Holds the trees to what is known where rows are few.
+LOWERS_LOSS = ("keep", "k_bits", "v_bits", "read_share")
+
+
+def train(
+    sources: Sequence[str | Path] | None = None,
+    seed: int = 0,
+    out_dir: str | Path = "policy",
+    tracking_uri: str | None = None,
+    experiment: str = tracking.EXPERIMENT,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Sources are run ids of `collect` or local folders; without any, the experiment's latest collect run.
+
+    Fits on split "train", scores on "select". Returns run_id, policy (folder), rows, requests, best_static, metrics
+    and seconds.
+    """
+    say = progress or (lambda line: None)
+    begun = time.monotonic()
+    mlflow = tracking.client(tracking_uri)
+    if not sources:
+        found = tracking.runs(mlflow, "collect", experiment)
+        if not found:
+            raise AdaptiveKVError(f"train: no collect run in experiment {experiment!r}; run `adaptivekv collect`")
+        sources = [found[-1].info.run_id]
+    say("reading trajectories")
+    table = dataset.load(sources, tracking_uri)
+    rows = dataset.rows(table)
+    parts = {split: rows.of(split) for split in ("train", "select")}
+    for split, part in parts.items():
+        if len(part) < 2:
+            raise AdaptiveKVError(f"train: split {split!r} has {len(part)} labelled rows; collect more documents")
+    requests = {split: scoring.requests(part) for split, part in parts.items()}
+    best_static = scoring.best_static(requests["train"])
+
+    # Small data: more threads than one make scikit-learn slower, and far slower on a busy machine.
+    with threadpool_limits(1), tracking.run(mlflow, "train", experiment, f"train-seed{seed}") as run_id:
+        say(f"fitting on {len(parts['train'])} rows of {len(requests['train'])} requests")
+        models = fit(parts["train"], seed)
+        arrays = export.flatten(models)
+        label = f"train-{run_id[:8]}"
+        folder = export.save(out_dir, arrays, label)
+        policy = TreeSelector.load(folder)
+        say("checking the exported trees against scikit-learn")
+        metrics = {"parity": export.parity(policy, models, inputs(parts["train"]), seed)}
+        say("scoring on the select split")
+        predicted = predict_rows(policy, parts["select"])
+        metrics |= accuracy(parts["select"], predicted) | scoring.compare(policy, best_static, requests["select"])
+        export.save(folder, arrays, label, best_static, metrics)
+        policy = TreeSelector.load(folder)
+
+        say("drawing and logging")
+        params = {
+            "seed": seed,
+            "trees": TREES,
+            "leaves": MAX_LEAVES,
+            "quantile": QUANTILE,
+            "rows": len(parts["train"]),
+            "requests": len(requests["train"]),
+            "select_requests": len(requests["select"]),
+            "schema": schema.VERSION,
+            "data_sha256": dataset.digest(table),
+            "sources": " ".join(map(str, sources))[:6000],
+        } | {f"static/{quality}": plan for quality, plan in best_static.items()}
+        tracking.log(mlflow, run_id, params, metrics)
+        for path in draw(folder, parts["select"], requests["select"], policy, predicted, models[0][0], seed):
+            mlflow.log_artifact(run_id, str(path), "plots")
+        for name in ("policy.npz", "policy.json"):
+            mlflow.log_artifact(run_id, str(folder / name), "policy")
+    return {
+        "run_id": run_id,
+        "policy": str(folder),
+        "rows": len(parts["train"]),
+        "requests": len(requests["train"]),
+        "best_static": best_static,
+        "metrics": metrics,
+        "seconds": round(time.monotonic() - begun, 2),
+    }
+
+
+def inputs(rows: Rows) -> np.ndarray:
+    """float64 [n, F + PF]. The SLO is the caller's wish and no cause of loss, so the trees do not see it."""
+    x = np.concatenate([rows.state, rows.plan_features], axis=1)
+    x[:, scoring.QUALITY] = np.nan
+    return x
+
+
+def fit(rows: Rows, seed: int) -> export.Models:
+    """The loss models see the lossy plans only: the others are 0 by construction.
+
+    The high loss is the mean model plus a quantile of its error. A quantile model of the loss itself starts above
+    nearly all rows, where they pull alike, and hardly learns which plans are good.
+    """
+    from sklearn.ensemble import HistGradientBoostingRegressor
+    from sklearn.model_selection import GroupKFold
+
+    def model(x: np.ndarray, y: np.ndarray, falls: Sequence[str] = (), **more: Any) -> Any:
+        """Predicts y [n] from x [n, F + PF] and never rises with the plan features in `falls`."""
+        settings: dict[str, Any] = {"max_iter": TREES, "min_samples_leaf": max(2, min(20, len(x) // 20))}
+        x = np.where(np.isnan(x).all(axis=0), 0.0, x)  # scikit-learn cannot bin a column without any value
+        return HistGradientBoostingRegressor(
+            **(settings | more),
+            max_leaf_nodes=MAX_LEAVES,
+            learning_rate=0.2,
+            max_features=0.8,
+            monotonic_cst=[0] * len(schema.NAMES) + [-(name in falls) for name in schema.PLAN_NAMES],
+            early_stopping=False,
+            random_state=seed,
+        ).fit(x, y)
+
+    x, lossy = inputs(rows), ~is_lossless(rows.plan_features)
+    time_model = model(x, np.log10(rows.step_ms))
+    x, y, request = x[lossy], np.log10(rows.loss + LOSS_FLOOR)[lossy], rows.request[lossy]
+    folds = min(FOLDS, len(set(request)))
+    if folds < 2:
+        raise AdaptiveKVError("train: split 'train' needs lossy plans of at least two requests; collect more documents")
+    error = np.empty_like(y)  # of requests the model has not seen: those it has seen look too easy
+    for seen, unseen in GroupKFold(folds).split(x, y, request):
+        error[unseen] = y[unseen] - model(x[seen], y[seen], LOWERS_LOSS).predict(x[unseen])
+    loss_model = model(x, y, LOWERS_LOSS)
+    coarse: dict[str, Any] = {
+        "max_iter": TREES // 3,
+        "min_samples_leaf": max(2, len(x) // 5),
+    }  # a quantile of few rows is a bad one
+    error_model = model(x, error, loss="quantile", quantile=QUANTILE, **coarse)
+    return [[loss_model], [loss_model, error_model], [time_model]]
+
+
+def predict_rows(policy: TreeSelector, rows: Rows) -> Prediction:
+    """One prediction per row, each with its own state."""
+    found = [policy.predict(s, p[None]) for s, p in zip(rows.state, rows.plan_features, strict=True)]
+    return Prediction(*(np.concatenate(part) for part in zip(*found, strict=True)))
+
+
+def accuracy(rows: Rows, predicted: Prediction) -> dict[str, float]:
+    """Of the lossy plans: mean absolute error and bias of log10 loss, and the share within the high quantile (0.9)."""
+    lossy = ~is_lossless(rows.plan_features)
+    error = np.log10(predicted.loss + LOSS_FLOOR)[lossy] - np.log10(rows.loss + LOSS_FLOOR)[lossy]
+    time_error = np.log10(predicted.step_ms) - np.log10(rows.step_ms)
+    return {
+        "mae_log10_loss": float(np.abs(error).mean()) if lossy.any() else 0.0,
+        "bias_log10_loss": float(error.mean()) if lossy.any() else 0.0,
+        "coverage_high": float((rows.loss <= predicted.loss_high)[lossy].mean()) if lossy.any() else 1.0,
+        "mae_log10_step_ms": float(np.abs(time_error).mean()),
+    }
+
+
+def draw(
+    folder: Path,
+    rows: Rows,
+    requests: list[scoring.Request],
+    policy: TreeSelector,
+    predicted: Prediction,
+    loss_model: Any,
+    seed: int,
+) -> list[Path]:
+    """The plots, as PNG files beside the policy."""
+    from sklearn.inspection import permutation_importance
+
+    from adaptivekv.trainer import plots
+
+    lossy = ~is_lossless(rows.plan_features)
+    x, y = inputs(rows)[lossy], np.log10(rows.loss + LOSS_FLOOR)[lossy]
+    made = [
+        plots.frontier(requests, folder / "frontier.png"),
+        plots.calibration(rows, predicted, folder / "calibration.png"),
+        plots.decisions(requests, scoring.trusting(policy), folder / "decisions.png"),
+    ]
+    if len(y) > 1:
+        some = {"n_repeats": 3, "random_state": seed, "max_samples": min(1.0, 2000 / len(y))}
+        shuffled = permutation_importance(loss_model, x, y, scoring="neg_mean_squared_error", **some)
+        names = [*schema.NAMES, *schema.PLAN_NAMES]
+        made.append(plots.importance(names, shuffled.importances_mean, folder / "importance.png"))
+    return made
