@@ -78,7 +78,13 @@ def padding_mask(
 
 
 def _attend_tensors(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Layers whose cache transformers keeps (sliding windows, say) and models run without a cache."""
     q_len, kv_len = query.shape[2], key.shape[2]
@@ -114,7 +120,11 @@ def attend_sequence(
     heads, (q_heads, n, _) = len(k), q.shape
     group = q_heads // heads
     rows = q.reshape(heads, group * n, -1)  # query heads of a KV head together: [H, G * n, k_dim]
-    pick = sequence.retrieve.pick(sequence, layer, rows) if sequence.retrieve and n == 1 and sequence.ids[layer].size else None
+    pick = (
+        sequence.retrieve.pick(sequence, layer, rows)
+        if sequence.retrieve and n == 1 and sequence.ids[layer].size
+        else None
+    )
     parts, measured = [], []
     for batch, columns in sequence.batches(layer, pick):
         for block, at in _on_device(batch, columns, q.device, sequence.pool.staging_bytes):
@@ -127,10 +137,12 @@ def attend_sequence(
     causal = None
     if n > 1:
         causal = torch.ones(n, t + n, dtype=torch.bool, device=q.device).tril(t).repeat(group, 1)
-    dense = attend_dense(rows, torch.cat([tail_k.to(k.dtype), k], 1), torch.cat([tail_v.to(v.dtype), v], 1), scale, causal, softcap)
+    dense = attend_dense(
+        rows, torch.cat([tail_k.to(k.dtype), k], 1), torch.cat([tail_v.to(v.dtype), v], 1), scale, causal, softcap
+    )
     out, lse = merge([*parts, dense]) if parts else dense
-    if stats:
-        for page_lse, at in measured:
+    for page_lse, at in measured:
+        if page_lse is not None:
             mass = (page_lse - lse[:, None]).exp_().mean(-1)  # [H, P]
             sequence.measure(layer, at, mass.cpu().numpy())
     return _with_sinks(out.view(q_heads, n, -1), lse.view(q_heads, n), sinks)

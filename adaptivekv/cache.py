@@ -17,52 +17,12 @@ from adaptivekv.attention import Staged, attend_sequence
 from adaptivekv.controller import DEFAULT_QUALITY, Controller, Request, report
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.layers import AdaptiveLayer, layer_shapes
 from adaptivekv.memory.formats import FORMATS, parse_bytes
-from adaptivekv.memory.pages import LayerShape, PagePool, too_small
+from adaptivekv.memory.pages import PagePool, too_small
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.plan import Plan
 from adaptivekv.selector import Selector
-
-
-class AdaptiveLayer(CacheLayerMixin):
-    """One full-attention layer: stages keys and values for the attention function, which stores them."""
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, cache: AdaptiveCache, index: int):
-        super().__init__()
-        self.cache, self.index = cache, index
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.is_initialized = True
-        staged = Staged(self.cache, self.index, key_states, value_states)
-        return staged, staged
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.cache.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def reset(self) -> None:
-        if self.index == 0:
-            self.cache.clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.index == 0:
-            self.cache.truncate(self.cache.seen - abs(tokens_to_remove))
-
-    def _refuse(self, *args: Any) -> None:
-        raise AdaptiveKVError("AdaptiveCache does not support beams; use num_beams=1 and num_return_sequences=1")
-
-    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
 
 
 class AdaptiveCache(Cache):
@@ -103,12 +63,14 @@ class AdaptiveCache(Cache):
         self.shapes = layer_shapes(model)
         self.dtype, self.device = kv_dtype or model.dtype, model.device
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0
-        self.pool, self.requests = pool, []  # type: ignore[var-annotated]
-        self.shared = pool is not None
+        self.pool, self.shared = pool, pool is not None
+        self.requests: list[Request] = []
         self.seen = 0  # tokens seen a row, pads included
         self.frozen = False
         self._expected: tuple[int, int] | None = None  # prompt and new tokens, when the caller has said
-        self._new = self._valid = None  # of the step under way: real tokens a row, their mask
+        self._valid: list[Tensor | slice] = []  # of the step under way: which tokens of a row are real
+        self._new: list[int] = []  # and how many
+        self._started = 0.0
         self._facts: dict[str, float] = {}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         super().__init__(layers=self._make_layers(model))
@@ -138,7 +100,7 @@ class AdaptiveCache(Cache):
     def chunk(self) -> int:
         """Prompt tokens per forward: a whole number of pages, at most an eighth of the budget's native tokens."""
         token = sum(s.slot_elements for s in self.shapes) * self.dtype.itemsize
-        if self.budget is None or self._expected is None and isinstance(self.budget, float):
+        if self.budget is None or (self._expected is None and isinstance(self.budget, float)):
             return 256
         return int(np.clip(self._budget_bytes(*(self._expected or (0, 0))) // 8 // token // PAGE * PAGE, PAGE, 512))
 
@@ -163,7 +125,9 @@ class AdaptiveCache(Cache):
         return out
 
     @staticmethod
-    def estimate(model: PreTrainedModel, tokens: int, plan: str | Plan, kv_dtype: torch.dtype | None = None) -> dict[str, int]:
+    def estimate(
+        model: PreTrainedModel, tokens: int, plan: str | Plan, kv_dtype: torch.dtype | None = None
+    ) -> dict[str, int]:
         """Bytes of a request of `tokens` prompt tokens under `plan`: {"full", "device", "host"}, before running."""
         return Plan.parse(plan).estimate(layer_shapes(model), kv_dtype or model.dtype, tokens)
 
@@ -219,7 +183,13 @@ class AdaptiveCache(Cache):
     # -- a step, driven by the attention function --------------------------------------------------------------------
 
     def attend(
-        self, staged: Staged, query: Tensor, mask: Tensor | None, scale: float, softcap: float | None, sinks: Tensor | None
+        self,
+        staged: Staged,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """query [B, Hq, q, d], mask [B, >= q] bool or None. Attends, then stores. Returns [B, Hq, q, v_dim]."""
         q_len = query.shape[2]
@@ -234,7 +204,9 @@ class AdaptiveCache(Cache):
             sequence.scaling = scale
             q, k, v = query[b][:, valid], staged.key[b][:, valid], staged.value[b][:, valid]
             stats = self.controller.wants_mass(request)
-            out[b][:, valid] = attend_sequence(sequence, staged.layer, q, k, v, scale, softcap, sinks, stats).to(out.dtype)
+            out[b][:, valid] = attend_sequence(sequence, staged.layer, q, k, v, scale, softcap, sinks, stats).to(
+                out.dtype
+            )
             if not self.frozen:
                 if sequence.window:
                     sequence.observe(staged.layer, q)
@@ -245,19 +217,23 @@ class AdaptiveCache(Cache):
 
     def _begin(self, rows: int, q_len: int, mask: Tensor | None) -> None:
         """First layer of a step: admit, decide, and make room for the pages this step will seal."""
-        everything = slice(None)
-        self._valid = [everything if mask is None or bool(m.all()) else m.nonzero()[:, 0] for m in (mask if mask is not None else [None] * rows)]  # type: ignore[union-attr]  # noqa: E501
-        self._new = [q_len if isinstance(v, slice) else len(v) for v in self._valid]
+        if mask is None:
+            self._valid, self._new = [slice(None)] * rows, [q_len] * rows
+        else:
+            self._valid = [slice(None) if bool(row.all()) else row.nonzero()[:, 0] for row in mask]
+            self._new = mask.sum(1).tolist()
         if not self.requests:
             self._admit(rows, self._new)
         if len(self.requests) != rows:
-            raise AdaptiveKVError(f"batch of {rows} rows: this cache holds {len(self.requests)}; use one cache per batch")
+            raise AdaptiveKVError(
+                f"batch of {rows} rows: this cache holds {len(self.requests)}; use one cache per batch"
+            )
         if self.frozen:
             return
         prompt = q_len > 1 or self.seen == 0
         for request in self.requests:
             if prompt and not request.prefilling:
-                request.prefilling, request.turn = True, request.turn + 1
+                self.controller.begin_turn(request)
             elif not prompt:
                 if request.prefilling:
                     self.controller.end_prefill(request)
@@ -267,7 +243,7 @@ class AdaptiveCache(Cache):
             for r, n in zip(self.requests, self._new, strict=True)
         )
         if need:
-            self.controller.make_room(self.requests, need)
+            self.controller.reserve(self.requests, need)
 
     def _end(self, q_len: int) -> None:
         """Last layer of a step: the tokens count."""
@@ -289,7 +265,9 @@ class AdaptiveCache(Cache):
         if self.pool is None:
             self.pool = self._make_pool(rows, prompt + answer, budget * rows if budget else None, window)
         for n in new:
-            request = Request(Sequence(self.pool, window), n if self._expected is None else prompt, answer, budget, full)
+            request = Request(
+                Sequence(self.pool, window), n if self._expected is None else prompt, answer, budget, full
+            )
             request.facts = dict(self._facts)
             self.requests.append(request)
             self.controller.admit(request)
@@ -338,20 +316,3 @@ class _Frozen:
 
     def __exit__(self, *exc: object) -> None:
         self.cache.frozen = False
-
-
-def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
-    """Shapes of the layers an AdaptiveCache owns. Raises AdaptiveKVError for models it cannot serve."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "kv_lora_rank", None):
-        raise AdaptiveKVError(f"model type {config.model_type}: latent attention keeps transformers' own cache")
-    kinds = DynamicCache(config=config).layers
-    if any(type(layer).__name__ == "DummyLayer" for layer in kinds):
-        raise AdaptiveKVError(f"model type {config.model_type}: layers that share one KV cache are not supported")
-    heads = config.num_attention_heads
-    k_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = LayerShape(getattr(config, "num_key_value_heads", None) or heads, heads, k_dim, getattr(config, "v_head_dim", None) or k_dim)
-    own = [shape for layer in kinds if type(layer) is DynamicLayer]
-    if not own:
-        raise AdaptiveKVError(f"model type {config.model_type}: it has no full-attention layer whose cache could be managed")
-    return own

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,12 @@ from adaptivekv.features import schema
 from adaptivekv.features.attention import attention_features
 from adaptivekv.features.request import request_features
 from adaptivekv.features.system import system_features
-from adaptivekv.memory.formats import BY_CODE, FORMATS
+from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
 from adaptivekv.memory.pages import DEVICE, HOST, PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.plan import Plan
-from adaptivekv.policies.base import settled, worth
-from adaptivekv.selector import RuleTable, Selector
+from adaptivekv.pressure import bring_back, make_room
+from adaptivekv.selector import Prediction, RuleTable, Selector
 
 CANDIDATES = (
     "full", "int8", "int4", "k4v2", "int2", "snapkv(0.5)", "snapkv(0.5) | int4", "snapkv(0.25) | k4v2",
@@ -31,11 +31,12 @@ CANDIDATES = (
 
 KAPPA = 0.1  # price of a host byte-second against a device byte-second
 DEFAULT_QUALITY = 0.03  # nats per token
+STAY = 0.9  # a switch must cut the cost below this share, or the plan stays
 
 
 @dataclass
 class Decision:
-    """One decision as it is reported and logged; `probs` is after mask and hysteresis, over `plans`."""
+    """One decision as it is reported and logged; `probs`, over `plans`, is after mask and hysteresis."""
 
     step: int
     moment: str  # "admission", "prefill", "epoch" or "pressure"
@@ -56,17 +57,16 @@ class Request:
     sequence: Sequence
     prompt: int  # tokens
     new: int  # max_new_tokens
-    budget: int | None  # device bytes for this request, None: no limit asked
+    budget: int | None  # device bytes for this request; None: no limit asked
     full: int  # bytes of the full 16-bit cache of prompt + new
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
     prefilling: bool = True
     generated: int = 0
     turn: int = 0
     facts: dict[str, float] = field(default_factory=dict)  # text and logit features, from whoever sees them
     decisions: list[Decision] = field(default_factory=list)
-    kept: float = 1.0  # the smallest share any eviction has left
+    kept: float = 1.0  # the smallest share an eviction stage has left
     evictor: str = ""  # the stage that left it
-    touched: bool = False  # pages were lost to pressure
 
 
 class Controller:
@@ -90,6 +90,7 @@ class Controller:
     ):
         self.fixed, self.selector, self.quality, self.watch = plan, selector or RuleTable(), quality, watch
         self.plans = [Plan.parse(text) for text in candidates]
+        self.names = [str(plan) for plan in self.plans]
         self.rows = np.stack([schema.row(p.features(), schema.PLAN_NAMES) for p in self.plans])
         self.epoch, self.epsilon = epoch, epsilon
         self.rng = np.random.default_rng(seed)
@@ -115,12 +116,18 @@ class Controller:
         """A provisional plan from request and system features; nothing lossy happens before the prompt has ended."""
         request.plan = self._decide(request, "admission")
 
+    def begin_turn(self, request: Request) -> None:
+        """More prompt has come: observe again until it ends."""
+        request.prefilling, request.turn = True, request.turn + 1
+        if self.window and not request.sequence.ring:
+            self._guard(request, lambda sequence: sequence.open_ring(self.window))
+
     def end_prefill(self, request: Request) -> None:
         """The prompt has ended: decide with attention features, apply, bring back what fits on the device."""
         request.prefilling = False
         request.plan = self._decide(request, "prefill")
         self._apply(request)
-        if not ("queries" in request.plan.needs and request.plan.stage("evict").growing):
+        if not self.watch:
             request.sequence.drop_ring()
 
     def step(self, request: Request) -> None:
@@ -136,67 +143,93 @@ class Controller:
             self._guard(request, request.plan.maintain)
 
     def wants_mass(self, request: Request) -> bool:
-        """Whether this step should measure page mass: the last step of an epoch, or any step of a prompt."""
+        """Whether this step should measure page mass: any step of a prompt, or the last step of an epoch."""
         if request.prefilling:
-            return self.fixed is None or self.watch or "mass" in self.fixed.needs
+            return any("mass" in plan.needs for plan in self.possible)
         return request.generated % self.epoch == self.epoch - 1
+
+    def reserve(self, requests: list[Request], need: int) -> None:
+        """Have `need` device bytes free for the step under way, or raise BudgetError; what gave way is recorded."""
+        pool = requests[0].sequence.pool
+        pool.reserved = need
+        if pool.arena(DEVICE).free_bytes >= need:
+            return
+        done = make_room(
+            [r.sequence for r in requests], [r.plan for r in requests], [r.prefilling for r in requests], need
+        )
+        for request in requests:
+            for what in done:
+                if what == "plan applied early" and (evict := request.plan.stage("evict")):
+                    request.kept, request.evictor = min(request.kept, evict.keep), evict.name
+                self._record_pressure(request, what)
 
     # -- deciding ----------------------------------------------------------------------------------------------------
 
     def features(self, request: Request) -> dict[str, float]:
+        """Everything a decision sees (features/schema.py)."""
         pool = request.sequence.pool
         ratio = request.budget / request.full if request.budget else 1.0
-        quality = self.quality
-        values = request_features(request.prompt, request.new, request.generated, request.turn, ratio, quality)
+        values = request_features(request.prompt, request.new, request.generated, request.turn, ratio, self.quality)
         values |= request.facts | attention_features(request.sequence)
         return values | system_features(pool, request.budget or pool.arena(DEVICE).capacity, request.full)
 
     def _decide(self, request: Request, moment: str) -> Plan:
-        start = time.perf_counter()
         if self.fixed is not None:
-            plan = self.fixed
             if moment == "admission":
-                request.decisions.append(Decision(0, moment, str(plan), "fixed by the caller", "fixed"))
-            return plan
+                request.decisions.append(Decision(0, moment, str(self.fixed), "fixed by the caller", "fixed"))
+            return self.fixed
+        start = time.perf_counter()
         values = self.features(request)
-        prediction = self.selector.predict(schema.row(values), self.rows)
-        sizes = [self._sizes(request, plan) for plan in self.plans]
-        device, host = np.array([s[0] for s in sizes]), np.array([s[1] for s in sizes])
+        prediction = self._predict(schema.row(values))
+        device, host = self._sizes(request)
         room, host_room = self._room(request)
-        reach = np.array([self._reachable(request, plan) for plan in self.plans])
+        reach = self._reachable(request)
         allowed = reach & (device <= room) & (host <= host_room)
         loss = prediction.loss_high * 10**self.selector.margin
         cost = (device + KAPPA * host) * np.maximum(prediction.step_ms, 1e-3)
         good = allowed & (loss <= self.quality)
-        stay = self.plans.index(request.plan) if request.plan in self.plans and moment == "epoch" else None
+        stay = self.plans.index(request.plan) if moment == "epoch" and request.plan in self.plans else None
         if good.any():
             best = int(np.argmin(np.where(good, cost, np.inf)))
-            if stay is not None and good[stay] and cost[best] > 0.9 * cost[stay]:
-                best = stay  # hysteresis: a switch must pay
+            if stay is not None and good[stay] and cost[best] > STAY * cost[stay]:
+                best = stay
             why = f"cheapest of {int(good.sum())} plans within {self.quality:g} nats"
         elif allowed.any():
             best = int(np.argmin(np.where(allowed, loss, np.inf)))
             why = f"no plan within {self.quality:g} nats fits {room / 2**20:.1f} MiB; least predicted loss"
         else:
-            best = stay if stay is not None else int(np.argmin(np.where(reach, device, np.inf))) if reach.any() else 0
+            best = stay if stay is not None else int(np.argmin(np.where(reach, device, np.inf)))
             why = f"no plan fits {room / 2**20:.1f} MiB; the smallest, and pressure does the rest"
         probs = self._explore(best, good, cost)
         chosen = int(self.rng.choice(len(probs), p=probs)) if self.epsilon else best
-        plan = self.plans[chosen]
         reason = (
             f"{why}: predicted loss {prediction.loss[chosen]:.4f} (high {loss[chosen]:.4f}), "
             f"{device[chosen] / 2**20:.1f} MiB device, {host[chosen] / 2**20:.1f} MiB host"
         )
         if chosen != best:
-            reason = f"exploring instead of {self.plans[best]}: " + reason
+            reason = f"exploring instead of {self.names[best]}: " + reason
         request.decisions.append(
             Decision(
-                request.generated, moment, str(plan), reason, self.selector.name, values,
-                [str(p) for p in self.plans], allowed.tolist(), probs.tolist(),
-            )  # fmt: skip
+                request.generated,
+                moment,
+                self.names[chosen],
+                reason,
+                self.selector.name,
+                values,
+                self.names,
+                allowed.tolist(),
+                probs.tolist(),
+            )
         )
         self.seconds += time.perf_counter() - start
-        return plan
+        return self.plans[chosen]
+
+    def _predict(self, state: np.ndarray) -> Prediction:
+        prediction = self.selector.predict(state, self.rows)
+        if not all(np.isfinite(part).all() for part in prediction):
+            self.selector = RuleTable()  # from here on: a selector that says NaN once is not asked again
+            prediction = self.selector.predict(state, self.rows)
+        return prediction
 
     def _explore(self, best: int, good: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """epsilon spread evenly over up to eight good plans near the frontier, the rest on the best."""
@@ -206,11 +239,12 @@ class Controller:
         probs[best] += 1 - probs.sum()
         return probs
 
-    def _sizes(self, request: Request, plan: Plan) -> tuple[int, int]:
+    def _sizes(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        """Device and host bytes of every plan once the answer is written."""
         pool = request.sequence.pool
-        tokens = max(request.prompt, request.sequence.length) + (request.new if request.prefilling else 0)
-        size = plan.estimate(pool.layers, pool.dtype, tokens)
-        return size["device"], size["host"]
+        tokens = max(request.prompt, request.sequence.length) + max(0, request.new - request.generated)
+        sizes = [plan.estimate(pool.layers, pool.dtype, tokens) for plan in self.plans]
+        return np.array([size["device"] for size in sizes]), np.array([size["host"] for size in sizes])
 
     def _room(self, request: Request) -> tuple[int, int]:
         """Device and host bytes this request may use, what it holds already included."""
@@ -221,139 +255,51 @@ class Controller:
             free = min(free, request.budget - pool.staging_bytes - column)
         return free, pool.host_free + mine.bytes(HOST)
 
-    def _reachable(self, request: Request, plan: Plan) -> bool:
-        """Whether the present state can still become `plan`: no evicted token and no lost bit comes back."""
-        evict, quantize = plan.stage("evict"), plan.stage("quantize")
-        keep = evict.keep if evict else 1.0
-        if request.kept < 1 and not (keep < request.kept or (keep == request.kept and evict.name == request.evictor)):
-            return False
-        target = quantize.format if quantize else FORMATS["native"]
-        return all(fmt == target or fmt.demotes(target) for fmt in self._formats(request))
+    def _reachable(self, request: Request) -> np.ndarray:
+        """Which plans the present state can still become: no evicted token, no lost bit, no past query comes back."""
+        pool, sequence = request.sequence.pool, request.sequence
+        codes = set().union(*(np.unique(pool.code[ids]).tolist() for ids in sequence.pages()))
+        formats = {BY_CODE[code] for code in codes} - {FORMATS["native"]}
+        return np.array([self._can_become(request, plan, formats) for plan in self.plans])
 
     @staticmethod
-    def _formats(request: Request) -> set[Any]:
-        pool = request.sequence.pool
-        codes = set().union(*(np.unique(pool.code[ids]).tolist() for ids in request.sequence.pages()))
-        return {BY_CODE[code] for code in codes} - {FORMATS["native"]}
+    def _can_become(request: Request, plan: Plan, formats: set[Format]) -> bool:
+        evict, quantize = plan.stage("evict"), plan.stage("quantize")
+        keep, name = (evict.keep, evict.name) if evict else (1.0, "")
+        if request.kept < 1 and not (keep < request.kept or (keep == request.kept and name == request.evictor)):
+            return False
+        if plan.window and not request.sequence.ring and name != request.evictor:
+            return False
+        target = quantize.format if quantize else FORMATS["native"]
+        return all(fmt == target or fmt.demotes(target) for fmt in formats)
 
-    # -- keeping the budget ------------------------------------------------------------------------------------------
+    # -- applying ----------------------------------------------------------------------------------------------------
 
     def _apply(self, request: Request) -> None:
-        self._guard(request, request.plan.apply)
         evict = request.plan.stage("evict")
-        if evict and evict.keep <= request.kept:
-            request.kept, request.evictor = evict.keep, evict.name
+        if evict and (request.sequence.ring or not request.plan.window):
+            self._guard(request, request.plan.apply)
+            request.kept, request.evictor = min(request.kept, evict.keep), evict.name
+        else:  # nothing to evict, or evicted before and its queries are gone
+            request.sequence.retrieve = None
+            self._guard(request, request.plan.maintain)
         if not request.plan.stage("offload"):
-            self._bring_back(request)
+            bring_back(request.sequence, request.sequence.pool.column_bytes(FORMATS["native"]))
 
-    def _guard(self, request: Request, change: Any) -> None:
+    def _guard(self, request: Request, change: Callable[[Sequence], None]) -> None:
         """Run a change of the cache; where it lacks room, make some once and run it again (stages are repeatable)."""
         try:
             change(request.sequence)
         except BudgetError:
             pool = request.sequence.pool
-            self.make_room([request], min(pool.column_bytes(FORMATS["native"]), pool.arena(DEVICE).capacity // 4))
+            self.reserve([request], min(pool.column_bytes(FORMATS["native"]), pool.arena(DEVICE).capacity // 4))
             change(request.sequence)
 
-    def _bring_back(self, request: Request) -> None:
-        """Host pages return to the device while it has room beside the next tail."""
-        pool, sequence = request.sequence.pool, request.sequence
-        spare = pool.column_bytes(FORMATS["native"])
-        for layer, ids in enumerate(sequence.ids):
-            away = (ids >= 0) & (pool.tier[ids] == HOST)
-            size = sum(pool.page_bytes(layer, BY_CODE[code]) for code in pool.code[ids[away]])
-            if size and size <= pool.arena(DEVICE).free_bytes - spare:
-                sequence.move(layer, away, DEVICE)
-
-    def make_room(self, requests: list[Request], need: int) -> None:
-        """Free `need` device bytes, or raise BudgetError. Spill losslessly, then demote, then evict; all recorded.
-
-        While a prompt is being read its plan has not been applied: its pages spill to the host as they are. Without
-        host room a plan that evicts does so early, with the queries seen so far, and a plan that quantizes does so.
-        """
-        pool = requests[0].sequence.pool
-        pool.reserved = need
-        arena = pool.arena(DEVICE)
-        for relief, what in (
-            (self._spill, "spilled to host"),
-            (self._squeeze, "plan applied early"),
-            (self._demote, "demoted"),
-            (self._evict_oldest, "oldest pages evicted"),
-        ):
-            if arena.free_bytes >= need:
-                return
-            before = arena.free_bytes
-            for request in requests:
-                relief(request, need)
-            if arena.free_bytes > before:
-                for request in requests:
-                    self._record_pressure(request, what, arena.free_bytes - before)
-        if arena.free_bytes < need:
-            raise BudgetError(
-                f"budget: {need / 2**20:.2f} MiB of device memory needed, {arena.free_bytes / 2**20:.2f} MiB left after "
-                "demoting, offloading and evicting; raise the budget or shorten the request"
+    def _record_pressure(self, request: Request, what: str) -> None:
+        if not any(d.pressure and d.reason == what for d in request.decisions[-4:]):  # once a kind, not once a chunk
+            request.decisions.append(
+                Decision(request.generated, "pressure", str(request.plan), what, self.name, pressure=True)
             )
-
-    def _record_pressure(self, request: Request, what: str, freed: int) -> None:
-        last = request.decisions[-1] if request.decisions else None
-        if last and last.pressure and last.reason.startswith(what):
-            return  # one line a kind of relief, not one a chunk
-        request.decisions.append(
-            Decision(request.generated, "pressure", str(request.plan), f"{what}, {freed / 2**20:.2f} MiB at first", self.name, pressure=True)
-        )
-
-    def _spill(self, request: Request, need: int) -> None:
-        """Move the least worthy columns to the host, a layer after the other, as many as `need` asks of each layer."""
-        pool, sequence = request.sequence.pool, request.sequence
-        missing = need - pool.arena(DEVICE).free_bytes
-        held = max(1, sequence.bytes(DEVICE) - Sequence.fixed_bytes(pool.layers, pool.dtype, sequence.window))
-        for layer, ids in enumerate(sequence.ids):
-            here = (ids >= 0) & (pool.tier[ids] == DEVICE)
-            size = np.array([pool.page_bytes(layer, fmt) for fmt in BY_CODE])[pool.code[ids]] * here
-            goal = math.ceil(missing * size.sum() / held)
-            order = np.argsort(np.where(here, worth(sequence, layer), np.inf).min(0, initial=np.inf), kind="stable")
-            ahead = np.cumsum(size.sum(0)[order]) - size.sum(0)[order]
-            leave = np.zeros(ids.shape[1], bool)
-            leave[order[ahead < goal]] = True
-            moving = size[:, leave].sum()
-            if missing > 0 and moving <= pool.host_free:
-                sequence.move(layer, here & leave, HOST)
-
-    def _squeeze(self, request: Request, need: int) -> None:
-        """Apply the plan's own lossy stages now."""
-        evict, quantize = request.plan.stage("evict"), request.plan.stage("quantize")
-        if evict and (request.prefilling or evict.growing):
-            evict.apply(request.sequence)
-            request.kept, request.evictor = min(request.kept, evict.keep), evict.name
-        if quantize:
-            quantize.apply(request.sequence)
-
-    def _demote(self, request: Request, need: int) -> None:
-        """Lower the bits of everything but the recent window, a format at a time, until there is room."""
-        pool, sequence = request.sequence.pool, request.sequence
-        for name in ("int8", "int4r", "k4v2r", "int2r"):
-            fmt = FORMATS[name]
-            lowers = np.array([f.demotes(fmt) for f in BY_CODE])
-            for layer, ids in enumerate(sequence.ids):
-                if pool.arena(DEVICE).free_bytes >= need:
-                    return
-                select = settled(sequence, layer, 64, 0) & lowers[pool.code[ids]] & (pool.tier[ids] == DEVICE)
-                request.touched |= bool(select.any())
-                sequence.convert(layer, select, fmt)
-
-    def _evict_oldest(self, request: Request, need: int) -> None:
-        """The streaming rule at page granularity: drop the oldest pages behind the first, evenly over the layers."""
-        pool, sequence = request.sequence.pool, request.sequence
-        while pool.arena(DEVICE).free_bytes < need:
-            dropped = False
-            for layer, ids in enumerate(sequence.ids):
-                open_ = settled(sequence, layer, 64, 4) & (pool.tier[ids] == DEVICE)
-                first = open_ & (np.cumsum(open_, axis=1) == 1)
-                dropped |= bool(first.any())
-                sequence.drop(layer, first)
-            request.touched |= dropped
-            if not dropped:
-                return
 
 
 def report(controller: Controller, requests: list[Request], pool: PagePool | None) -> dict[str, Any]:
@@ -361,15 +307,14 @@ def report(controller: Controller, requests: list[Request], pool: PagePool | Non
     out: dict[str, Any] = {"selector": controller.name, "quality": controller.quality, "requests": []}
     out["controller_us_per_step"] = round(1e6 * controller.seconds / max(1, controller.steps), 1)
     for request in requests:
-        seq = request.sequence
+        sequence = request.sequence
         out["requests"].append(
             {
                 "plan": str(request.plan),
-                "tokens": seq.length,
-                "held": round(seq.held(), 4),
-                "device_bytes": seq.bytes(DEVICE),
-                "host_bytes": seq.bytes(HOST),
-                "lost_to_pressure": request.touched,
+                "tokens": sequence.length,
+                "held": round(sequence.held(), 4),
+                "device_bytes": sequence.bytes(DEVICE),
+                "host_bytes": sequence.bytes(HOST),
                 "decisions": [
                     {"step": d.step, "moment": d.moment, "plan": d.plan, "reason": d.reason, "selector": d.selector}
                     for d in request.decisions

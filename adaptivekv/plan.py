@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.kernels.codec import PAGE
+from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.pages import LayerShape
 from adaptivekv.memory.sequence import Sequence
@@ -41,14 +43,12 @@ class Plan:
             where = f"plan {text!r}, position {at + len(part) - len(part.lstrip()) + 1}"
             stages.append(_stage(part, where))
             at += len(part) + 1
-        order = [KINDS.index(stage.kind) for stage in stages]
-        for before, after in zip(stages, stages[1:], strict=False):
+        for before, after in pairwise(stages):
             if KINDS.index(before.kind) >= KINDS.index(after.kind):
                 raise AdaptiveKVError(
                     f"plan {text!r}: {after.name} ({after.kind}) cannot follow {before.name} ({before.kind}); "
                     f"the order is {', '.join(KINDS)}, at most one of each"
                 )
-        assert order == sorted(order)
         return cls(tuple(stages))
 
     def __str__(self) -> str:
@@ -109,20 +109,18 @@ class Plan:
             recent = -(-max(0, quantize.window - tail) // PAGE) if sealed else 0
             keep_native = min(pages, recent + (1 if quantize.sinks else 0))
         device = host = bounds = 0
-        for shape in layers:
+        for shape, alike in Counter(layers).items():
             kind = quantize.format if quantize else native
-            page = [f.bytes(shape.k_dim, shape.v_dim, dtype) * shape.heads for f in (native, kind)]
+            page = [f.bytes(shape.k_dim, shape.v_dim, dtype) * shape.heads * alike for f in (native, kind)]
             columns = [page[0]] * keep_native + [page[1]] * (pages - keep_native)
             stays = sum(columns)
             if offload:
-                stays, limit = 0, offload.device * sum(columns)
-                for column in columns:
-                    if stays + column > limit:
-                        break
-                    stays += column
+                columns = [column // alike for column in columns]  # the share holds layer by layer
+                kept = [total for total in accumulate(columns) if total <= offload.device * sum(columns)]
+                stays, columns = (kept[-1] if kept else 0) * alike, [column * alike for column in columns]
             device, host = device + stays, host + sum(columns) - stays
             if retrieve:
-                bounds += -(-2 * shape.k_dim * dtype.itemsize // 256) * 256 * pages * shape.heads
+                bounds += -(-2 * shape.k_dim * dtype.itemsize // UNIT) * UNIT * pages * shape.heads * alike
         return {
             "full": sum(s.slot_elements for s in layers) * dtype.itemsize * tokens,
             "device": device + bounds + Sequence.fixed_bytes(layers, dtype, 0),
@@ -144,7 +142,9 @@ def _stage(part: str, where: str) -> Stage:
         key, given, value = arg.rpartition("=")
         key = key.strip() if given else next(iter(fields)) if i == 0 else ""
         if key not in fields:
-            raise AdaptiveKVError(f"{where}: {name} has no parameter {key or arg.strip()!r}{_nearest(key, list(fields))}")
+            raise AdaptiveKVError(
+                f"{where}: {name} has no parameter {key or arg.strip()!r}{_nearest(key, list(fields))}"
+            )
         if key in values:
             raise AdaptiveKVError(f"{where}: {name} is given {key} twice")
         values[key] = _value(value.strip(), f"{where}: {name}({key})")

@@ -8,7 +8,8 @@ from transformers.models import gemma3, llama, mistral, phi3, qwen3
 
 SMALL = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
 }  # fmt: skip
 CONFIGS = {
     "llama": llama.LlamaConfig(**SMALL, head_dim=16),

@@ -7,6 +7,7 @@ from models import CONFIGS, tiny, twins
 from transformers import DynamicCache
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, BudgetError
+from adaptivekv.memory.evict import evict
 from adaptivekv.memory.formats import FORMATS
 
 PLANS = [
@@ -129,7 +130,9 @@ def test_generate_resolves_a_share_of_the_budget():
     model = tiny()
     ids, mask = left_padded(1, 1500, [])
     cache = AdaptiveCache(model, budget=0.5, plan="int4", kv_dtype=torch.float16)
-    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False, **cache.generate_kwargs)
+    model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False, **cache.generate_kwargs
+    )
     assert cache.requests[0].budget == AdaptiveCache.estimate(model, 1540, "full", torch.float16)["full"] // 2
     assert cache.report()["device_peak"] <= cache.requests[0].budget
     assert cache.report()["requests"][0]["plan"] == "int4"
@@ -210,8 +213,10 @@ def test_ragged_heads_from_per_head_eviction():
         used, _ = sequence.slots(layer)
         keep = rng.random(used.shape) < np.array([0.2, 0.7])[:, None, None]
         before = sequence.bytes()
-        keys = [sequence.keys(layer, h).view(used.shape[1], -1, 16)[torch.from_numpy(keep[h] & used[h])] for h in (0, 1)]
-        sequence.evict(layer, keep)
+        keys = [
+            sequence.keys(layer, h).view(used.shape[1], -1, 16)[torch.from_numpy(keep[h] & used[h])] for h in (0, 1)
+        ]
+        evict(sequence, layer, keep)
         assert sequence.bytes() < before
         for h in (0, 1):
             now, _ = sequence.slots(layer)

@@ -69,9 +69,7 @@ class Session:
         dtype = o.kv_dtype or (torch.float16 if model.dtype == torch.float32 else model.dtype)
         plan = None if o.plan is None else Plan.parse(o.plan)
         controller = Controller(plan, o.selector, o.quality, epsilon=o.epsilon, seed=o.seed)
-        return AdaptiveCache(
-            model, o.budget, o.quality, o.plan, o.selector, dtype, o.host, controller=controller
-        )
+        return AdaptiveCache(model, o.budget, o.quality, o.plan, o.selector, dtype, o.host, controller=controller)
 
     # -- text in, text out -------------------------------------------------------------------------------------------
 
@@ -82,7 +80,9 @@ class Session:
             raise AdaptiveKVError("empty prompt: give some text")
         if raw or not tokenizer.chat_template:
             return tokenizer("".join(m["content"] for m in messages), verbose=False).input_ids
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
 
     def read(self, messages: list[Message], expect_new: int = 256, raw: bool = False) -> None:
         """Take in a conversation's beginning (a document) and compress it now, before any question is known.
@@ -222,7 +222,9 @@ class Session:
             kept, evictor = float(state["kept"]), str(state["evictor"])
             turn, generated = int(state["turn"]), int(state["generated"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheFileError(f"session {folder}: session.json cannot be read ({error}); delete the folder") from None
+            raise CacheFileError(
+                f"session {folder}: session.json cannot be read ({error}); delete the folder"
+            ) from None
         if name != self.loaded.name:
             raise CacheFileError(f"session {folder}: made with model {name!r}, this one is {self.loaded.name!r}")
         self.cache.adopt(lambda pool: store.load(pool, folder / "cache.safetensors"), len(tokens), new)
@@ -241,5 +243,3 @@ def _common(a: list[int], b: list[int]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,8 @@ from adaptivekv.errors import BudgetError
 from adaptivekv.kernels import hadamard
 from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.memory.arena import Arena, ArenaFull
+from adaptivekv.memory.bounds import bounds_bytes
+from adaptivekv.memory.compact import compact
 from adaptivekv.memory.formats import BY_CODE, CODES, Format
 
 if TYPE_CHECKING:
@@ -63,11 +66,9 @@ class PagePool:
         self.sequences: list[Sequence] = []
         self.regions: dict[int, int] = {}  # offset -> bytes: tails and rings, at fixed addresses
         self.ref = np.zeros(0, np.int32)
-        self._fields = {
-            "k_off": np.int64, "v_off": np.int64, "b_off": np.int64, "code": np.int8, "tier": np.int8, "count": np.int32, "layer": np.int16,
-        }  # fmt: skip
-        self.k_off = self.v_off = self.b_off = np.zeros(0, np.int64)
-        self.code = self.tier = np.zeros(0, np.int8)
+        # one entry a page: where its keys, values and bounds (-1: none) start, format code, tier, used slots, layer
+        self.k_off, self.v_off, self.b_off = (np.zeros(0, np.int64) for _ in range(3))
+        self.code, self.tier = np.zeros(0, np.int8), np.zeros(0, np.int8)
         self.count, self.layer = np.zeros(0, np.int32), np.zeros(0, np.int16)
         self.pos = np.zeros((0, PAGE), np.int32)
         self.free_ids = np.zeros(0, np.int32)
@@ -87,7 +88,8 @@ class PagePool:
 
     @property
     def host_used(self) -> int:
-        return self.arenas[HOST].used if self.arenas[HOST] else 0
+        host = self.arenas[HOST]
+        return host.used if host else 0
 
     @property
     def host_free(self) -> int:
@@ -110,7 +112,7 @@ class PagePool:
         except ArenaFull:
             if arena.free_bytes < n * size:
                 raise
-            self.compact(tier)
+            compact(self, tier)
             return arena.alloc(size, n)
 
     # -- pages -------------------------------------------------------------------------------------------------------
@@ -130,10 +132,10 @@ class PagePool:
     def _take_ids(self, n: int) -> np.ndarray:
         if len(self.free_ids) < n:
             old, grow = len(self.ref), max(n, 256, len(self.ref))
-            self.ref = np.concatenate([self.ref, np.zeros(grow, np.int32)])
-            for name, kind in self._fields.items():
-                empty = np.full(grow, -1 if name == "b_off" else 0, kind)
-                setattr(self, name, np.concatenate([getattr(self, name), empty]))
+            for name in ("ref", "k_off", "v_off", "b_off", "code", "tier", "count", "layer"):
+                entries = getattr(self, name)
+                empty = np.full(grow, -1 if name == "b_off" else 0, entries.dtype)
+                setattr(self, name, np.concatenate([entries, empty]))
             self.pos = np.concatenate([self.pos, np.zeros((grow, PAGE), np.int32)])
             self.free_ids = np.concatenate([self.free_ids, np.arange(old, old + grow, dtype=np.int32)])
         ids, self.free_ids = self.free_ids[:n], self.free_ids[n:]
@@ -149,7 +151,7 @@ class PagePool:
             self.arena(tier).free(k_off, k_size)
             if self.arena(tier).free_bytes < len(ids) * (k_size + v_size):
                 raise
-            self.compact(tier)
+            compact(self, tier)
             k_off, v_off = self.arena(tier).alloc(k_size, len(ids)), self.arena(tier).alloc(v_size, len(ids))
         self.k_off[ids], self.v_off[ids] = k_off, v_off
         self.code[ids], self.tier[ids], self.layer[ids] = CODES[fmt.name], tier, layer
@@ -166,13 +168,26 @@ class PagePool:
         self.tier[ids] = -1  # nowhere, until placed again
 
     def write(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, count: np.ndarray, pos: np.ndarray, fmt: Format, tier: int = DEVICE
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        count: np.ndarray,
+        pos: np.ndarray,
+        fmt: Format,
+        tier: int = DEVICE,
     ) -> np.ndarray:
         """Seal new pages. k [n, 64, k_dim], v [n, 64, v_dim] un-rotated, count [n], pos [n, 64]. Returns ids [n]."""
         return self.adopt(layer, self._encode(k, v, fmt), count, pos, fmt, tier)
 
     def adopt(
-        self, layer: int, raw: tuple[torch.Tensor, torch.Tensor], count: np.ndarray, pos: np.ndarray, fmt: Format, tier: int
+        self,
+        layer: int,
+        raw: tuple[torch.Tensor, torch.Tensor],
+        count: np.ndarray,
+        pos: np.ndarray,
+        fmt: Format,
+        tier: int,
     ) -> np.ndarray:
         """New pages from stored bytes (uint8 [n, k_bytes], [n, v_bytes]), as `raw` gives them."""
         ids = self._take_ids(len(raw[0]))
@@ -206,7 +221,7 @@ class PagePool:
         return arena.data.view(-1, UNIT), torch.from_numpy(index).to(arena.data.device)
 
     def raw(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored bytes of pages of one layer, format and tier: uint8 [n, k_bytes], [n, v_bytes] on the tier's device."""
+        """Stored bytes of pages of one layer, format and tier: uint8 [n, k_bytes], [n, v_bytes], on that tier."""
         arena, fmt = self.arena(int(self.tier[ids[0]])), BY_CODE[self.code[ids[0]]]
         k_size, v_size = self._parts(int(self.layer[ids[0]]), fmt)
         return self._fetch(arena, self.k_off[ids], k_size), self._fetch(arena, self.v_off[ids], v_size)
@@ -229,6 +244,17 @@ class PagePool:
         raw = self._fetch(arena, self.k_off[ids], self._parts(layer, fmt)[0]).to(self.device)
         k = fmt.k.decode(raw, self.layers[layer].k_dim, self.dtype)
         return hadamard(k) if fmt.rotate else k
+
+    def place_bounds(self, raw: torch.Tensor) -> np.ndarray:
+        """Room on the device for page bounds, uint8 [n, bytes]. Returns offsets [n]."""
+        off = self._alloc(DEVICE, raw.shape[1], len(raw))
+        rows, index = self._rows(self.arena(DEVICE), off, raw.shape[1])
+        rows.index_copy_(0, index, raw.view(-1, UNIT))
+        return off
+
+    def fetch_device(self, off: np.ndarray, size: int) -> torch.Tensor:
+        """Blocks of `size` bytes of the device arena: uint8 [n, size]."""
+        return self._fetch(self.arena(DEVICE), off, size)
 
     def groups(self, ids: np.ndarray) -> Iterable[np.ndarray]:
         """Split ids of one layer by format and tier, in runs small enough for the staging allowance."""
@@ -253,27 +279,24 @@ class PagePool:
         self._vacate(dead)
         for layer in np.unique(self.layer[dead]):
             bound = dead[(self.layer[dead] == layer) & (self.b_off[dead] >= 0)]
-            self.arena(DEVICE).free(self.b_off[bound], self.bounds_bytes(layer))
+            self.arena(DEVICE).free(self.b_off[bound], bounds_bytes(self, layer))
             self.b_off[bound] = -1
         self.free_ids = np.concatenate([dead.astype(np.int32), self.free_ids])
 
     def convert(self, ids: np.ndarray, fmt: Format) -> np.ndarray:
-        """Re-encode pages of one layer, in place where nobody else refers to them. Returns the ids to use from now on."""
+        """Re-encode one of `groups`, in place where nobody else refers to a page. Returns the ids to use now."""
+        k, v = self.read(ids)
+        layer, tier, shared = int(self.layer[ids[0]]), int(self.tier[ids[0]]), self.ref[ids] > 1
         out = ids.copy()
-        where = {int(page): i for i, page in enumerate(ids)}
-        for group in self.groups(ids):
-            k, v = self.read(group)
-            layer, tier, shared = int(self.layer[group[0]]), int(self.tier[group[0]]), self.ref[group] > 1
-            if (~shared).any():
-                own, sel = group[~shared], torch.from_numpy(np.flatnonzero(~shared)).to(k.device)
-                self._vacate(own)  # before placing: a demotion always fits in the room it leaves
-                self._place(own, layer, fmt, tier)
-                self._put(own, self._encode(k[sel], v[sel], fmt))
-            if shared.any():
-                old, sel = group[shared], torch.from_numpy(np.flatnonzero(shared)).to(k.device)
-                new = self.write(layer, k[sel], v[sel], self.count[old], self.pos[old], fmt, tier)
-                self.release(old)
-                out[[where[int(p)] for p in old]] = new
+        if not shared.all():
+            own, at = ids[~shared], torch.from_numpy(np.flatnonzero(~shared)).to(k.device)
+            self._vacate(own)  # before placing: a demotion always fits in the room it leaves
+            self._place(own, layer, fmt, tier)
+            self._put(own, self._encode(k[at], v[at], fmt))
+        if shared.any():
+            old, at = ids[shared], torch.from_numpy(np.flatnonzero(shared)).to(k.device)
+            out[shared] = self.write(layer, k[at], v[at], self.count[old], self.pos[old], fmt, tier)
+            self.release(old)
         return out
 
     def move(self, ids: np.ndarray, tier: int) -> None:
@@ -300,62 +323,20 @@ class PagePool:
             self.count[out[i]] = count[i]
         return out
 
-    def bounds(self, ids: np.ndarray) -> torch.Tensor:
-        """Smallest and largest key of each page, channel by channel: [n, 2, k_dim] in the pool's dtype.
-
-        Kept on the device beside the pages, wherever those live, from the first call on (Quest, arXiv 2406.10774).
-        """
-        layer = int(self.layer[ids[0]])
-        dim, size = self.layers[layer].k_dim, self.bounds_bytes(layer)
-        for group in self.groups(np.unique(ids[self.b_off[ids] < 0])):
-            k = self.keys(group)
-            used = torch.arange(PAGE) < torch.from_numpy(self.count[group])[:, None]
-            k[~used.to(k.device)] = torch.nan
-            low, high = (k.nan_to_num(fill).flatten() for fill in (torch.inf, -torch.inf))
-            low, high = low.view(k.shape).amin(1), high.view(k.shape).amax(1)
-            self.b_off[group] = self._alloc(DEVICE, size, len(group))
-            raw = torch.zeros(len(group), size, dtype=torch.uint8, device=self.device)
-            both = torch.stack([low, high], 1).to(self.dtype).view(len(group), -1).view(torch.uint8)
-            raw[:, : both.shape[1]] = both
-            rows, index = self._rows(self.arena(DEVICE), self.b_off[group], size)
-            rows.index_copy_(0, index, raw.view(-1, UNIT))
-        raw = self._fetch(self.arena(DEVICE), self.b_off[ids], size)
-        return raw[:, : 2 * dim * self.dtype.itemsize].contiguous().view(self.dtype).view(len(ids), 2, dim)
-
-    def bounds_bytes(self, layer: int) -> int:
-        return -(-2 * self.layers[layer].k_dim * self.dtype.itemsize // UNIT) * UNIT
-
-    def _blocks(self, tier: int) -> list[tuple[int, int, np.ndarray, int]]:
+    def blocks(self, tier: int) -> list[tuple[int, int, np.ndarray, int]]:
         """Every block of pages on a tier: offset, bytes, the array that says where it is, page."""
-        out = []
-        for page in np.flatnonzero(self.ref > 0):
+        out: list[tuple[int, int, np.ndarray, int]] = []
+        for page in np.flatnonzero(self.ref > 0).tolist():
             layer = int(self.layer[page])
             if self.tier[page] == tier:
                 k_size, v_size = self._parts(layer, BY_CODE[self.code[page]])
-                out += [(int(self.k_off[page]), k_size, self.k_off, page), (int(self.v_off[page]), v_size, self.v_off, page)]
+                out += [
+                    (int(self.k_off[page]), k_size, self.k_off, page),
+                    (int(self.v_off[page]), v_size, self.v_off, page),
+                ]
             if tier == DEVICE and self.b_off[page] >= 0:
-                out.append((int(self.b_off[page]), self.bounds_bytes(layer), self.b_off, page))
+                out.append((int(self.b_off[page]), bounds_bytes(self, layer), self.b_off, page))
         return sorted(out, key=lambda block: block[0])
-
-    def compact(self, tier: int = DEVICE) -> None:
-        """Slide pages down around the fixed regions until the free room is in few extents."""
-        arena, taken = self.arena(tier), []
-        fixed = sorted(self.regions.items()) if tier == DEVICE else []
-        cursor, k = 0, 0
-        for off, size, where, page in self._blocks(tier):
-            while k < len(fixed) and cursor + size > fixed[k][0]:
-                cursor, k = max(cursor, fixed[k][0] + fixed[k][1]), k + 1
-            if cursor < off:
-                arena.data[cursor : cursor + size] = arena.data[off : off + size].clone()
-                where[page] = off = cursor
-            cursor = off + size
-            taken.append((off, size))
-        edges = np.array(sorted(taken + fixed), np.int64).reshape(-1, 2)
-        starts = np.concatenate([[0], edges[:, 0] + edges[:, 1]])
-        ends = np.concatenate([edges[:, 0], [arena.capacity]])
-        arena.starts, arena.ends = starts[starts < ends], ends[starts < ends]
-        for sequence in self.sequences:
-            sequence.touch()
 
     def check_integrity(self) -> None:
         """References equal counts, nothing leaked, bytes add up, no two blocks overlap."""
@@ -370,9 +351,9 @@ class PagePool:
             if arena is None:
                 continue
             arena.check_integrity()
-            spans = [(off, size) for off, size, *_ in self._blocks(tier)]
+            spans = [(off, size) for off, size, *_ in self.blocks(tier)]
             spans = sorted(spans + (list(self.regions.items()) if tier == DEVICE else []))
-            assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False)), "blocks overlap"
+            assert all(a + n <= b for (a, n), (b, _) in pairwise(spans)), "blocks overlap"
             assert sum(n for _, n in spans) == arena.used, "bytes do not add up"
 
 

@@ -10,6 +10,8 @@ import torch
 
 from adaptivekv.kernels import PageBatch
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.arena import ArenaFull
+from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
 from adaptivekv.memory.pages import DEVICE, PagePool
 
@@ -22,6 +24,7 @@ class Picker(Protocol):
 
     def pick(self, sequence: Sequence, layer: int, q: torch.Tensor) -> np.ndarray:
         """q [H, G, k_dim] -> bool like `sequence.ids[layer]`."""
+
 
 NATIVE = FORMATS["native"]
 
@@ -49,7 +52,7 @@ class Sequence:
         self._batches: list[list[tuple[PageBatch, np.ndarray]] | None] = [None] * len(pool.layers)
         self._regions: list[int] = []
         self.ring: list[torch.Tensor] = []  # per layer [q_heads, window, k_dim]
-        self.ring_seen = 0
+        self.ring_fill = 0  # queries it holds
         item = pool.dtype.itemsize
         try:
             views = [
@@ -57,8 +60,8 @@ class Sequence:
             ]
             self.tail_k, self.tail_v = [v[0] for v in views], [v[1] for v in views]
             if window:
-                self._make_ring()
-        except Exception:
+                self.open_ring(window)
+        except ArenaFull:
             self._free_regions()
             raise
         pool.sequences.append(self)
@@ -70,30 +73,31 @@ class Sequence:
         parts = torch.split(data[: sum(sizes)], sizes)
         return [p.view(self.pool.dtype).view(shape) for p, shape in zip(parts, shapes, strict=True)]
 
-    def _make_ring(self) -> None:
-        item = self.pool.dtype.itemsize
-        self.ring_at = len(self._regions)
-        self.ring = [self._region_views([(s.q_heads, self.window, s.k_dim)], item)[0] for s in self.pool.layers]
+    def open_ring(self, window: int) -> None:
+        """Start keeping the last `window` queries of each layer. Raises ArenaFull where there is no room."""
+        at, item = len(self._regions), self.pool.dtype.itemsize
+        try:
+            ring = [self._region_views([(s.q_heads, window, s.k_dim)], item)[0] for s in self.pool.layers]
+        except ArenaFull:
+            self._free_regions(at)
+            raise
+        self.ring_at, self.ring, self.window, self.ring_fill = at, ring, window, 0
 
     def drop_ring(self) -> None:
         """Give the observation ring's bytes back, once no stage needs it any more."""
         if self.ring:
-            for offset in self._regions[self.ring_at : self.ring_at + len(self.ring)]:
-                self.pool.free_region(offset)
-            del self._regions[self.ring_at : self.ring_at + len(self.ring)]
+            self._free_regions(self.ring_at)
             self.ring, self.window = [], 0
 
-    def _free_regions(self) -> None:
-        for offset in self._regions:
+    def _free_regions(self, start: int = 0) -> None:
+        for offset in self._regions[start:]:
             self.pool.free_region(offset)
-        self._regions = []
+        del self._regions[start:]
 
     @staticmethod
     def fixed_bytes(layers: list[LayerShape], dtype: torch.dtype, window: int) -> int:
         """Device bytes of the tail and of a ring of `window` queries."""
-        return sum(
-            (s.slot_elements * PAGE + s.q_heads * window * s.k_dim) * dtype.itemsize for s in layers
-        )
+        return sum((s.slot_elements * PAGE + s.q_heads * window * s.k_dim) * dtype.itemsize for s in layers)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -131,6 +135,7 @@ class Sequence:
         self.tail_len = len(held) % PAGE
         self.tail_pos[: self.tail_len] = held[len(held) - self.tail_len :]
         self.length += len(pos)
+        self.ring_fill = min(self.window, self.ring_fill + len(pos))
 
     def observe(self, layer: int, q: torch.Tensor) -> None:
         """Keep the last `window` queries: q [q_heads, n, k_dim], rotary applied. Call before `commit`."""
@@ -140,8 +145,8 @@ class Sequence:
         ring[:, -n:] = q[:, -n:]
 
     def observed(self, layer: int) -> torch.Tensor:
-        """The queries in the ring, oldest first: [q_heads, m, k_dim], m = min(length, window)."""
-        return self.ring[layer][:, max(0, self.window - self.length) :]
+        """The queries in the ring, oldest first: [q_heads, ring_fill, k_dim]."""
+        return self.ring[layer][:, self.window - self.ring_fill :]
 
     def _add_pages(self, layer: int, ids: np.ndarray) -> None:
         """Append a rectangle of page ids [H, n] behind each head's last page."""
@@ -183,10 +188,9 @@ class Sequence:
             arena = pool.arena(tier).data
             count = np.where(here, pool.count[page], 0).astype(np.int32)
             k_off, v_off = (np.where(here, off[page], 0) for off in (pool.k_off, pool.v_off))
-            tensors = [torch.from_numpy(np.ascontiguousarray(x)).to(arena.device) for x in (k_off, v_off, count)]
-            batch = PageBatch(
-                arena, *tensors, fmt.k, fmt.v, pool.dtype, shape.k_dim, shape.v_dim, fmt.rotate, bool((count == PAGE).all())
-            )  # fmt: skip
+            at = [torch.from_numpy(np.ascontiguousarray(x)).to(arena.device) for x in (k_off, v_off, count)]
+            dims, full = (pool.dtype, shape.k_dim, shape.v_dim), bool((count == PAGE).all())
+            batch = PageBatch(arena, at[0], at[1], at[2], fmt.k, fmt.v, *dims, fmt.rotate, full)
             out.append((batch, cols))
         if pick is None:
             self._batches[layer] = out
@@ -210,19 +214,20 @@ class Sequence:
             yield ids[ids >= 0]
 
     def convert(self, layer: int, select: np.ndarray, fmt: Format) -> None:
-        """Re-encode the selected pages (bool like `ids[layer]`) in `fmt`."""
-        chosen = (self.ids[layer] >= 0) & select
-        if chosen.any():
-            self.ids[layer][chosen] = self.pool.convert(self.ids[layer][chosen], fmt)
-            self.touch(layer)
+        """Re-encode the selected pages (bool like `ids[layer]`) in `fmt`. ArenaFull leaves a part of them as they were."""
+        table = self.ids[layer]
+        cells = np.flatnonzero((table >= 0) & select)
+        where = dict(zip(table.flat[cells].tolist(), cells.tolist(), strict=True))
+        self.touch(layer)
+        for group in self.pool.groups(table.flat[cells]):
+            table.flat[[where[page] for page in group.tolist()]] = self.pool.convert(group, fmt)
 
     def move(self, layer: int, select: np.ndarray, tier: int) -> None:
-        """Bring the selected pages (bool like `ids[layer]`) to `tier`."""
+        """Bring the selected pages (bool like `ids[layer]`) to `tier`. ArenaFull leaves a part of them where they were."""
         chosen = (self.ids[layer] >= 0) & select
-        if chosen.any():
-            self.pool.move(self.ids[layer][chosen], tier)
-            for sequence in self.pool.sequences:  # the page may be shared
-                sequence.touch(layer)
+        for sequence in self.pool.sequences:  # the pages may be shared
+            sequence.touch(layer)
+        self.pool.move(self.ids[layer][chosen], tier)
 
     def drop(self, layer: int, select: np.ndarray) -> None:
         """Evict whole pages (bool like `ids[layer]`)."""
@@ -230,10 +235,10 @@ class Sequence:
         if chosen.any():
             gone = self.ids[layer][chosen]
             self.ids[layer][chosen] = -1
-            self._close_gaps(layer)
+            self.close_gaps(layer)
             self.pool.release(gone)
 
-    def _close_gaps(self, layer: int) -> None:
+    def close_gaps(self, layer: int) -> None:
         """Pack each head's pages to the left, in order."""
         order = np.argsort(self.ids[layer] < 0, axis=1, kind="stable")
         self.ids[layer] = np.take_along_axis(self.ids[layer], order, 1)
@@ -258,55 +263,6 @@ class Sequence:
         used = torch.from_numpy(np.arange(PAGE) < np.where(ids >= 0, self.pool.count[ids], 0)[:, None])
         return (out * used[..., None].to(out.device)).view(-1, out.shape[-1])
 
-    def evict(self, layer: int, keep: np.ndarray) -> None:
-        """Keep the slots where `keep` [H, P, 64] is true and repack what is left of broken pages, head by head.
-
-        Whole pages that are kept stay as they are; survivors of the others fill new pages of the same format and
-        tier, so the freed pages are room at once.
-        """
-        used, _ = self.slots(layer)
-        keep = keep & used
-        for h in range(len(self.ids[layer])):
-            ids = self.ids[layer][h]
-            left, had = keep[h].sum(1), used[h].sum(1)
-            broken = (ids >= 0) & (left < had)
-            if not broken.any():
-                continue
-            survivors = []
-            for group in self.pool.groups(ids[broken & (left > 0)]):
-                k, v = self.pool.read(group)
-                at = np.array([np.flatnonzero(ids == page)[0] for page in group])
-                index = torch.from_numpy(keep[h][at]).to(k.device)
-                survivors.append((int(group[0]), k[index].to(self.pool.dtype), v[index].to(self.pool.dtype), self.pool.pos[group][keep[h][at]]))  # fmt: skip
-            kinds = [(BY_CODE[self.pool.code[page]], int(self.pool.tier[page])) for page, *_ in survivors]
-            self.pool.release(ids[broken])
-            fresh = []
-            for kind in dict.fromkeys(kinds):
-                parts = [s for s, other in zip(survivors, kinds, strict=True) if other == kind]
-                k, v = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
-                fresh.append(self._pack(layer, k, v, np.concatenate([p[3] for p in parts]), *kind))
-            kept = np.concatenate([ids[(ids >= 0) & ~broken], *fresh])
-            kept = kept[np.argsort(self.pool.pos[kept, 0], kind="stable")] if len(kept) else kept
-            self.ids[layer][h] = -1
-            self.ids[layer][h, : len(kept)] = kept
-            self.mass[layer][h] = np.nan
-        self._close_gaps(layer)
-
-    def _pack(self, layer: int, k: torch.Tensor, v: torch.Tensor, pos: np.ndarray, fmt: Format, tier: int) -> np.ndarray:
-        """Seal [n, dim] slots of one head, in position order, into as few pages as they need."""
-        order = np.argsort(pos, kind="stable")
-        index = torch.from_numpy(order).to(k.device)
-        n = -(-len(pos) // PAGE)
-        pages = [x.new_zeros(n * PAGE, x.shape[1]) for x in (k, v)]
-        for page, x in zip(pages, (k, v), strict=True):
-            page[: len(pos)] = x[index]
-        page_pos = np.zeros(n * PAGE, np.int32)
-        page_pos[: len(pos)] = pos[order]
-        count = np.minimum(len(pos) - PAGE * np.arange(n), PAGE)
-        return self.pool.write(
-            layer, pages[0].view(n, PAGE, -1), pages[1].view(n, PAGE, -1), count, page_pos.reshape(n, PAGE), fmt, tier
-        )
-
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on, sealed ones included; nothing is re-encoded."""
         assert 0 <= length <= self.length
@@ -325,12 +281,15 @@ class Sequence:
     def fork(self) -> Sequence:
         """A second sequence over the same sealed pages; the tail and the ring are copied."""
         other = Sequence(self.pool, self.window)
-        for mine, theirs in zip(self.tail_k + self.tail_v + self.ring, other.tail_k + other.tail_v + other.ring, strict=True):
+        for mine, theirs in zip(
+            self.tail_k + self.tail_v + self.ring, other.tail_k + other.tail_v + other.ring, strict=True
+        ):
             theirs.copy_(mine)
         other.ids, other.mass = [x.copy() for x in self.ids], [x.copy() for x in self.mass]
         for ids in other.pages():
             self.pool.retain(ids)
         other.length, other.tail_len, other.tail_pos = self.length, self.tail_len, self.tail_pos.copy()
+        other.ring_fill = self.ring_fill
         other.protected, other.scaling, other.retrieve = list(self.protected), self.scaling, self.retrieve
         return other
 
@@ -357,7 +316,7 @@ class Sequence:
             codes, n = np.unique(self.pool.code[ids[self.pool.tier[ids] == tier]], return_counts=True)
             total += sum(int(c) * self.pool.page_bytes(layer, BY_CODE[code]) for code, c in zip(codes, n, strict=True))
             if tier == DEVICE:
-                total += int((self.pool.b_off[ids] >= 0).sum()) * self.pool.bounds_bytes(layer)
+                total += int((self.pool.b_off[ids] >= 0).sum()) * bounds_bytes(self.pool, layer)
         return total + (sum(self.pool.regions[r] for r in self._regions) if tier == DEVICE else 0)
 
     def check_integrity(self) -> None:

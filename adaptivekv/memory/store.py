@@ -24,7 +24,7 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(name.encode())
-        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -50,7 +50,12 @@ def save(sequence: Sequence, path: str | Path) -> None:
         if sequence.ring:
             tensors[f"{layer}.ring"] = sequence.ring[layer].cpu().clone()
     tensors["tail_pos"] = torch.from_numpy(sequence.tail_pos.copy())
-    numbers = {"length": sequence.length, "tail_len": sequence.tail_len, "window": sequence.window}
+    numbers = {
+        "length": sequence.length,
+        "tail_len": sequence.tail_len,
+        "window": sequence.window,
+        "ring_fill": sequence.ring_fill,
+    }
     head = {"version": VERSION, "shape": _shape(pool), "protected": sequence.protected, **numbers}
     meta_text = {"adaptivekv": json.dumps(head, sort_keys=True)}
     meta_text["sha256"] = hashlib.sha256((meta_text["adaptivekv"] + _digest(tensors)).encode()).hexdigest()
@@ -84,7 +89,7 @@ def load(pool: PagePool, path: str | Path) -> Sequence:
     except Exception:
         sequence.free()
         raise
-    sequence.length, sequence.tail_len = head["length"], head["tail_len"]
+    sequence.length, sequence.tail_len, sequence.ring_fill = head["length"], head["tail_len"], head["ring_fill"]
     sequence.tail_pos[:] = tensors["tail_pos"].numpy()
     sequence.protected = [tuple(span) for span in head["protected"]]
     return sequence
@@ -93,16 +98,15 @@ def load(pool: PagePool, path: str | Path) -> Sequence:
 def _fill(sequence: Sequence, layer: int, tensors: dict[str, torch.Tensor]) -> None:
     pool, (key, count) = sequence.pool, tensors[f"{layer}.meta"].numpy()
     mask, pos = tensors[f"{layer}.table"].numpy(), tensors[f"{layer}.pos"].numpy()
-    table, live = np.full(mask.shape, -1, np.int32), np.full(len(key), -1, np.int32)
+    table: np.ndarray = np.full(mask.shape, -1, np.int32)
+    live: np.ndarray = np.full(len(key), -1, np.int32)
     sequence.ids[layer], sequence.mass[layer] = table, tensors[f"{layer}.mass"].numpy().copy()
     for value in np.unique(key):
         raw, here = (tensors[f"{layer}.k.{value}"], tensors[f"{layer}.v.{value}"]), key == value
         fmt, tier = BY_CODE[value // len(TIERS)], int(value % len(TIERS))
-        live[here] = pool.adopt(layer, raw, count[here], pos[here], fmt, tier)
+        np.put(live, np.flatnonzero(here), pool.adopt(layer, raw, count[here], pos[here], fmt, tier))
         table[mask] = live
     sequence.tail_k[layer].copy_(tensors[f"{layer}.tail_k"])
     sequence.tail_v[layer].copy_(tensors[f"{layer}.tail_v"])
     if sequence.ring:
         sequence.ring[layer].copy_(tensors[f"{layer}.ring"])
-
-

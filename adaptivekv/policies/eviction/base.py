@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.evict import evict
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, protected, share, whole
 
@@ -50,7 +51,7 @@ class Eviction(Stage):
             keep = np.zeros(score.shape, bool)
             np.put_along_axis(keep, order[:, max(0, score.shape[1] - target) :], True, 1)
             keep |= np.isinf(score) & (score > 0)
-            sequence.evict(layer, keep.reshape(used.shape))
+            evict(sequence, layer, keep.reshape(used.shape))
 
     def keep_slots(self, sequence: Sequence) -> int:
         """Sealed slots each head may keep; the tail counts as kept."""

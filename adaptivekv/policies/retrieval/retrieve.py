@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from adaptivekv.memory.bounds import bounds
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, page_span, share
 
@@ -36,14 +37,14 @@ class Retrieve(Stage):
     def apply(self, sequence: Sequence) -> None:
         for ids in sequence.pages():
             if len(ids):
-                sequence.pool.bounds(ids)
+                bounds(sequence.pool, ids)
         sequence.retrieve = self
 
     def pick(self, sequence: Sequence, layer: int, q: torch.Tensor) -> np.ndarray:
         """Which pages this step reads: q [H, G, k_dim] -> bool [H, P]."""
         ids = sequence.ids[layer]
         live = ids >= 0
-        low, high = sequence.pool.bounds(ids[live]).float().unbind(1)  # [n, k_dim] each
+        low, high = bounds(sequence.pool, ids[live]).float().unbind(1)  # [n, k_dim] each
         query = q.float()[torch.from_numpy(np.nonzero(live)[0]).to(q.device)]  # [n, G, k_dim]
         bound = torch.maximum(query * low[:, None], query * high[:, None]).sum(-1).amax(-1)
         score = np.full(ids.shape, -np.inf)

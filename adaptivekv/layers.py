@@ -1,0 +1,81 @@
+"""The layers of an AdaptiveCache: which of a model's layers it owns, and what transformers sees of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from adaptivekv.attention import Staged
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.memory.pages import LayerShape
+
+if TYPE_CHECKING:
+    from adaptivekv.cache import AdaptiveCache
+
+
+class AdaptiveLayer(CacheLayerMixin):
+    """One full-attention layer: stages keys and values for the attention function, which stores them."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: AdaptiveCache, index: int):
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.is_initialized = True
+        staged = Staged(self.cache, self.index, key_states, value_states)
+        return staged, staged
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        if self.index == 0:
+            self.cache.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.index == 0:
+            self.cache.truncate(self.cache.seen - abs(tokens_to_remove))
+
+    def _refuse(self, *args: Any) -> None:
+        raise AdaptiveKVError("AdaptiveCache does not support beams; use num_beams=1 and num_return_sequences=1")
+
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
+
+
+def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
+    """Shapes of the layers an AdaptiveCache owns. Raises AdaptiveKVError for models it cannot serve."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        raise AdaptiveKVError(f"model type {config.model_type}: latent attention keeps transformers' own cache")
+    kinds = DynamicCache(config=config).layers
+    if any(type(layer).__name__ == "DummyLayer" for layer in kinds):
+        raise AdaptiveKVError(f"model type {config.model_type}: layers that share one KV cache are not supported")
+    heads = config.num_attention_heads
+    k_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shape = LayerShape(
+        getattr(config, "num_key_value_heads", None) or heads,
+        heads,
+        k_dim,
+        getattr(config, "v_head_dim", None) or k_dim,
+    )
+    own = [shape for layer in kinds if type(layer) is DynamicLayer]
+    if not own:
+        raise AdaptiveKVError(
+            f"model type {config.model_type}: it has no full-attention layer whose cache could be managed"
+        )
+    return own

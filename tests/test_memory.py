@@ -1,0 +1,265 @@
+"""The page pool under every order of operations: nothing leaks, nothing overlaps, nothing changes that must not."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from adaptivekv.errors import CacheFileError
+from adaptivekv.memory import store
+from adaptivekv.memory.arena import Arena, ArenaFull
+from adaptivekv.memory.bounds import bounds
+from adaptivekv.memory.evict import evict
+from adaptivekv.memory.formats import FORMATS
+from adaptivekv.memory.pages import DEVICE, HOST, LayerShape, PagePool
+from adaptivekv.memory.sequence import Sequence
+
+SHAPES = [LayerShape(2, 4, 16, 16), LayerShape(1, 4, 24, 16)]
+
+
+def pool(device_bytes=600_000, host_bytes=400_000) -> PagePool:
+    return PagePool(SHAPES, torch.float32, "cpu", device_bytes, host_bytes, staging_bytes=30_000)
+
+
+def feed(sequence: Sequence, n: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pos = sequence.length + np.arange(n)
+    for layer, s in enumerate(SHAPES):
+        k = torch.randn(s.heads, n, s.k_dim, generator=generator)
+        v = torch.randn(s.heads, n, s.v_dim, generator=generator)
+        if sequence.window:
+            sequence.observe(layer, torch.randn(s.q_heads, n, s.k_dim, generator=generator))
+        sequence.append(layer, k, v, pos)
+    sequence.commit(pos)
+
+
+def content(sequence: Sequence) -> dict[tuple[int, int, int], torch.Tensor]:
+    """(layer, head, position) -> key and value as attention sees them."""
+    out = {}
+    for layer, table in enumerate(sequence.ids):
+        used, pos = sequence.slots(layer)
+        for head, column in np.argwhere(table >= 0):
+            k, v = sequence.pool.read(table[head, column : column + 1])
+            for slot in np.flatnonzero(used[head, column]):
+                out[layer, int(head), int(pos[head, column, slot])] = torch.cat([k[0, slot], v[0, slot]])
+        k, v = sequence.tail(layer)
+        for slot in range(sequence.tail_len):
+            for head in range(len(k)):
+                out[layer, head, int(sequence.tail_pos[slot])] = torch.cat([k[head, slot], v[head, slot]])
+    return out
+
+
+def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert (a[key] - b[key]).abs().max() <= tolerance, key
+
+
+class Memory(RuleBasedStateMachine):
+    """Random lives of up to four sequences in one small pool; a full arena is a legal outcome, damage is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.rng = pool(), np.random.default_rng(0)
+        self.lossless: dict[int, dict] = {}  # content of sequences that nothing lossy has touched
+
+    @precondition(lambda self: len(self.pool.sequences) < 4)
+    @rule(window=st.sampled_from([0, 8]))
+    def admit(self, window):
+        try:
+            sequence = Sequence(self.pool, window)
+        except ArenaFull:
+            return
+        self.lossless[id(sequence)] = {}
+
+    @precondition(lambda self: self.pool.sequences)
+    @rule(data=st.data(), n=st.integers(1, 200))
+    def append(self, data, n):
+        sequence = data.draw(st.sampled_from(self.pool.sequences))
+        need = sequence.columns_needed(n) * self.pool.column_bytes(FORMATS["native"])
+        if need <= self.pool.arena(DEVICE).free_bytes:
+            feed(sequence, n, int(self.rng.integers(1 << 30)))
+            if id(sequence) in self.lossless:
+                self.lossless[id(sequence)] = content(sequence)
+
+    @precondition(lambda self: any(s.length for s in self.pool.sequences))
+    @rule(data=st.data(), name=st.sampled_from(["int8", "int4r", "k4v2r", "int2"]), share=st.floats(0, 1))
+    def convert(self, data, name, share):
+        sequence = data.draw(st.sampled_from(self.pool.sequences))
+        self.lossless.pop(id(sequence), None)
+        for layer, ids in enumerate(sequence.ids):
+            lower = np.array([f.demotes(FORMATS[name]) for f in FORMATS.values()])[self.pool.code[ids]]
+            try:
+                sequence.convert(layer, lower & (self.rng.random(ids.shape) < share), FORMATS[name])
+            except ArenaFull:
+                assert any(self.pool.ref[ids[ids >= 0]] > 1), "only a shared page may need new room"
+
+    @precondition(lambda self: any(s.length for s in self.pool.sequences))
+    @rule(data=st.data(), tier=st.sampled_from([DEVICE, HOST]), share=st.floats(0, 1))
+    def move(self, data, tier, share):
+        sequence = data.draw(st.sampled_from(self.pool.sequences))
+        for layer, ids in enumerate(sequence.ids):
+            try:
+                sequence.move(layer, self.rng.random(ids.shape) < share, tier)
+            except ArenaFull:
+                return
+
+    @precondition(lambda self: any(s.length for s in self.pool.sequences))
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def evict(self, data, share):
+        sequence = data.draw(st.sampled_from(self.pool.sequences))
+        before = content(sequence)
+        native = all((self.pool.code[ids] == 0).all() for ids in sequence.pages())
+        for layer in range(len(SHAPES)):
+            used, pos = sequence.slots(layer)
+            keep = self.rng.random(used.shape) < share
+            expected = {(layer, h, int(p)) for h in range(len(used)) for p in pos[h][used[h] & keep[h]]}
+            try:
+                evict(sequence, layer, keep)
+            except ArenaFull:
+                continue
+            used, pos = sequence.slots(layer)
+            assert {(layer, h, int(p)) for h in range(len(used)) for p in pos[h][used[h]]} == expected
+        if native:
+            after = content(sequence)
+            same(after, {key: before[key] for key in after})
+        if id(sequence) in self.lossless:
+            self.lossless[id(sequence)] = content(sequence)
+
+    @precondition(lambda self: any(s.length for s in self.pool.sequences))
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def truncate(self, data, share):
+        sequence = data.draw(st.sampled_from(self.pool.sequences))
+        length = int(sequence.length * share)
+        before = content(sequence)
+        try:
+            sequence.truncate(length)
+        except ArenaFull:  # a shared page is copied before it is cut
+            return
+        same(content(sequence), {key: value for key, value in before.items() if key[2] < length})
+        if id(sequence) in self.lossless:
+            self.lossless[id(sequence)] = content(sequence)
+
+    @precondition(lambda self: 0 < len(self.pool.sequences) < 4)
+    @rule(data=st.data())
+    def fork(self, data):
+        sequence = data.draw(st.sampled_from(self.pool.sequences))
+        try:
+            other = sequence.fork()
+        except ArenaFull:
+            return
+        same(content(other), content(sequence))
+        self.lossless[id(other)] = content(other)
+
+    @precondition(lambda self: self.pool.sequences)
+    @rule(data=st.data())
+    def free(self, data):
+        sequence = data.draw(st.sampled_from(self.pool.sequences))
+        self.lossless.pop(id(sequence), None)
+        sequence.free()
+
+    @rule()
+    def measure_bounds(self):
+        for sequence in self.pool.sequences:
+            for ids in sequence.pages():
+                if len(ids):
+                    try:
+                        low, high = bounds(self.pool, ids).unbind(1)
+                    except ArenaFull:
+                        return
+                    assert (low <= high).all()
+
+    @invariant()
+    def whole(self):
+        self.pool.check_integrity()
+        for sequence in self.pool.sequences:
+            if id(sequence) in self.lossless:
+                same(content(sequence), self.lossless[id(sequence)])
+
+    def teardown(self):
+        for sequence in list(self.pool.sequences):
+            sequence.free()
+        self.pool.check_integrity()
+        assert self.pool.device_used == 0 and self.pool.host_used == 0
+
+
+TestMemory = Memory.TestCase
+TestMemory.settings = settings(
+    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_arena_gives_room_of_one_size_to_another(seed):
+    rng, arena, held = np.random.default_rng(seed), Arena(1 << 16), []
+    for _ in range(200):
+        if held and rng.random() < 0.5:
+            arena.free(*held.pop(rng.integers(len(held))))
+        else:
+            size, n = 256 * int(rng.integers(1, 9)), int(rng.integers(1, 6))
+            if arena.room(size) >= n:
+                held.append((arena.alloc(size, n), size))
+            else:
+                with pytest.raises(ArenaFull):
+                    arena.alloc(size, n)
+        arena.check_integrity()
+        spans = sorted((int(off), size) for offs, size in held for off in offs)
+        assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert arena.used == sum(size * len(offs) for offs, size in held)
+
+
+def test_compaction_makes_one_run_and_moves_no_region():
+    p = pool(device_bytes=260_000)
+    a, b = Sequence(p), Sequence(p)
+    for step in range(3):
+        feed(a, 64, step)
+        feed(b, 64, step)
+    before, tail = content(b), b.tail_k[0].data_ptr()
+    a.free()
+    size = p.arena(DEVICE).free_bytes // 256 * 256
+    assert p.arena(DEVICE).room(size // 2) == 0
+    offset, _ = p.region(size // 2)
+    same(content(b), before)
+    assert b.tail_k[0].data_ptr() == tail
+    p.free_region(offset)
+    p.check_integrity()
+
+
+def test_save_and_load_bit_for_bit(tmp_path):
+    p = pool()
+    sequence = Sequence(p, window=8)
+    feed(sequence, 300)
+    sequence.convert(0, sequence.ids[0] >= 0, FORMATS["k4v2r"])
+    sequence.move(1, np.arange(sequence.ids[1].shape[1])[None] < 2, HOST)
+    sequence.protected = [(3, 9)]
+    store.save(sequence, tmp_path / "cache")
+    other = store.load(pool(), tmp_path / "cache")
+    same(content(other), content(sequence))
+    assert (other.length, other.tail_len, other.protected) == (300, 300 % 64, [(3, 9)])
+    assert other.bytes(HOST) == sequence.bytes(HOST) and torch.equal(other.observed(1), sequence.observed(1))
+    other.pool.check_integrity()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "other shape"])
+def test_damaged_file_is_a_miss_never_a_wrong_token(tmp_path, damage):
+    path = tmp_path / "cache"
+    sequence = Sequence(pool())
+    feed(sequence, 200)
+    store.save(sequence, path)
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[-5000] ^= 1
+        path.write_bytes(data)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "missing":
+        path.unlink()
+    target = PagePool(SHAPES[:1], torch.float32, "cpu", 600_000) if damage == "other shape" else pool()
+    with pytest.raises(CacheFileError, match="saved cache"):
+        store.load(target, path)
+    target.check_integrity()
+    assert target.device_used == 0
