@@ -67,6 +67,7 @@ class AdaptiveCache(Cache):
         self.requests: list[Request] = []
         self.seen = 0  # tokens seen a row, pads included
         self.frozen = False
+        self.reading: bool | None = None  # whether what comes is prompt; None: several tokens at once are
         self._expected: tuple[int, int] | None = None  # prompt and new tokens, when the caller has said
         self._valid: list[Tensor | slice] = []  # of the step under way: which tokens of a row are real
         self._new: list[int] = []  # and how many
@@ -230,7 +231,7 @@ class AdaptiveCache(Cache):
             )
         if self.frozen:
             return
-        prompt = q_len > 1 or self.seen == 0
+        prompt = self.reading if self.reading is not None else q_len > 1 or self.seen == 0
         for request in self.requests:
             if prompt and not request.prefilling:
                 self.controller.begin_turn(request)
@@ -285,7 +286,7 @@ class AdaptiveCache(Cache):
         host = self.host if self.host is not None else rows * pages * column
         widest = max(s.heads * (s.k_dim + s.v_dim) for s in self.shapes) * PAGE * 4  # a decoded page of every head
         if budget is None:
-            longest = self.max_tokens or max(tokens, self.positions if self.device.type == "cpu" else 0)
+            longest = max(tokens, self.max_tokens or min(self.positions, self._spare() // (rows * column // PAGE)))
             capacity = rows * ((-(-longest // PAGE) + 2) * column + fixed + (1 << 16))
             return PagePool(self.shapes, self.dtype, self.device, capacity, host, max(4 << 20, widest))
         staging = max(widest, min(budget // 16, 16 << 20))
@@ -293,6 +294,10 @@ class AdaptiveCache(Cache):
         if budget < least:
             raise too_small("the open tail and one page per head", least, budget)
         return PagePool(self.shapes, self.dtype, self.device, budget - staging, host, staging)
+
+    def _spare(self) -> int:
+        """Bytes an arena without a budget may claim: memory of a CPU is committed only when touched."""
+        return torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 1 << 62
 
     def _generate(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
         """transformers' own sampling loop, once the lengths are known; see `generate_kwargs`."""

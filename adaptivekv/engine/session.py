@@ -125,6 +125,27 @@ class Session:
             logits = self._forward([token])
         self.last = Answer(text, prompt, len(out), reason, out, self.cache.report())
 
+    def score(self, messages: list[Message], tokens: list[int], expect_new: int = 256) -> torch.Tensor:
+        """Log-probabilities [len(tokens), V] of an answer after `messages`, float32; the answer is not stored.
+
+        Reads what is new of the messages, ends the prompt, and forwards the answer in one step (so a plan that
+        retrieves pages reads all of them here).
+        """
+        ids = self.encode(messages)
+        logits = self._feed(ids, expect_new, "".join(m["content"] for m in messages), len(messages[-1]["content"]))
+        self.cache.end_prefill()
+        rows = [logits[None]]
+        if len(tokens) > 1:
+            at, device = len(self.tokens), self.loaded.device
+            with self.cache.frozen_step(), torch.inference_mode():
+                out = self.loaded.model(
+                    torch.tensor([tokens[:-1]], device=device),
+                    past_key_values=self.cache,
+                    position_ids=torch.arange(at, at + len(tokens) - 1, device=device)[None],
+                )
+            rows.append(out.logits[0])
+        return torch.cat(rows).float().log_softmax(-1)[: len(tokens)]
+
     def _stops(self) -> set[int]:
         stop = self.loaded.model.generation_config.eos_token_id
         return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
@@ -145,8 +166,10 @@ class Session:
         if not self.cache.requests:
             self.cache.expect(len(ids), new, text_features(text, ids, question))
         step, logits = self.cache.chunk, None
+        self.cache.reading = True
         for start in range(common, len(ids), step):
             logits = self._forward(ids[start : start + step])
+        self.cache.reading = False
         assert logits is not None
         return logits
 
@@ -196,31 +219,36 @@ class Session:
         self.cache.clear()
         self.tokens = []
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, messages: list[Message] | None = None) -> None:
         """Park the conversation on disk: `cache.safetensors`, then `session.json` that makes it valid."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (request,) = self.cache.requests
         store.save(request.sequence, folder / "cache.safetensors")
         state = {
-            "model": self.loaded.name, "tokens": self.tokens, "plan": str(request.plan), "kept": request.kept,
-            "evictor": request.evictor, "turn": request.turn, "generated": request.generated, "saved": time.time(),
+            "model": self.loaded.name, "tokens": self.tokens, "messages": messages or [], "saved": time.time(),
+            "plan": str(request.plan), "kept": request.kept, "evictor": request.evictor, "turn": request.turn,
+            "generated": request.generated,
         }  # fmt: skip
         partial = folder / f"session.json.{os.getpid()}.partial"
         partial.write_text(json.dumps(state))
         os.replace(partial, folder / "session.json")
 
-    def restore(self, folder: str | Path, new: int = 256) -> bool:
-        """Take up a parked conversation; False where there is none. A damaged one raises CacheFileError."""
+    def restore(self, folder: str | Path, new: int = 256) -> list[Message] | None:
+        """Take up a parked conversation and return its messages; None where there is none.
+
+        A damaged one raises CacheFileError and leaves the session as it was before its first message.
+        """
         folder = Path(folder)
         if not (folder / "session.json").exists():
-            return False
+            return None
         try:
             state = json.loads((folder / "session.json").read_text())
             tokens, name = [int(t) for t in state["tokens"]], state["model"]
             plan = Plan.parse(state["plan"])
             kept, evictor = float(state["kept"]), str(state["evictor"])
             turn, generated = int(state["turn"]), int(state["generated"])
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in state["messages"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CacheFileError(
                 f"session {folder}: session.json cannot be read ({error}); delete the folder"
@@ -234,7 +262,7 @@ class Session:
         request.turn, request.generated, request.prefilling = turn, generated, False
         request.sequence.retrieve = request.plan.stage("retrieve")
         self.tokens = tokens
-        return True
+        return messages
 
 
 def _common(a: list[int], b: list[int]) -> int:

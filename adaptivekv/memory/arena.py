@@ -22,8 +22,9 @@ class Arena:
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu", pinned: bool = False):
         self.capacity = capacity // UNIT * UNIT
-        # empty, not zeros: untouched memory of a CPU arena is never committed by the operating system
-        self.data = torch.empty(self.capacity, dtype=torch.uint8, device=device, pin_memory=pinned)
+        with torch.inference_mode(False):  # made inside a forward, changed outside of it too
+            # empty, not zeros: untouched memory of a CPU arena is never committed by the operating system
+            self.data = torch.empty(self.capacity, dtype=torch.uint8, device=device, pin_memory=pinned)
         self.starts = np.zeros(1, np.int64)  # free extents, sorted, never adjacent
         self.ends = np.full(1, self.capacity, np.int64)
         self.used = 0

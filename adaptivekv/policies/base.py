@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -60,6 +60,11 @@ class Stage:
             elif value != field.default:
                 args.append(f"{field.name}={text}")
         return self.name + (f"({', '.join(args)})" if args else "")
+
+
+def parameters(stage: type[Stage]) -> dict[str, Any]:
+    """A stage's parameters with their defaults (None: must be given)."""
+    return {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(stage)}
 
 
 def page_span(sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:

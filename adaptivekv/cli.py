@@ -1,0 +1,386 @@
+"""The command line. Every verb takes --json; a bad request is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other where cores are shared
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from adaptivekv.errors import AdaptiveKVError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, nothing else")]
+Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder, smollm2 or gemma3-270m")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Budget = Annotated[str | None, typer.Option(help="device KV bytes: 64MiB, or a share of the full cache: 0.25")]
+Quality = Annotated[float, typer.Option(help="largest acceptable loss, nats per token")]
+PlanText = Annotated[str | None, typer.Option(help="a fixed plan such as 'snapkv(0.5) | k4v2'; none: it is chosen")]
+SelectorName = Annotated[str | None, typer.Option(help="champion, rules, or a folder with policy.npz")]
+Seed = Annotated[int, typer.Option()]
+Tracking = Annotated[str | None, typer.Option(help="MLflow tracking URI; default sqlite:///mlflow.db")]
+Haystack = Annotated[Path | None, typer.Option(help="a UTF-8 text to build contexts from; default Moby-Dick")]
+
+
+def out(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=None, default=float) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, or one line that says what is wrong with it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdaptiveKVError(f"file {path}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise AdaptiveKVError(f"file {path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def mib(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def bar(quiet: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, disable=quiet, transient=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="the prompt, or the document if --question is given")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="read it from a UTF-8 file")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="asked after the document, which is compressed before it")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    plan: PlanText = None,
+    budget: Budget = None,
+    quality: Quality = 0.03,
+    session: Annotated[str | None, typer.Option(help="name of a conversation to go on with, kept on disk")] = None,
+    temperature: float = 0.0,
+    seed: Seed = 0,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    selector: SelectorName = None,
+    raw: Annotated[bool, typer.Option("--raw", help="no chat template")] = False,
+    json_: Json = False,
+) -> None:
+    """Answer a prompt or a question about a document within a device KV budget."""
+    if (prompt is None) == (prompt_file is None):
+        raise AdaptiveKVError("prompt: give exactly one of --prompt and --prompt-file")
+    text = prompt if prompt is not None else read_text(prompt_file or Path())
+    if not text.strip():
+        raise AdaptiveKVError("prompt: empty; give some text")
+    from adaptivekv.engine.sampling import Sampler
+    from adaptivekv.engine.session import Options, Session
+    from adaptivekv.memory.formats import parse_bytes
+    from adaptivekv.plan import Plan
+
+    if plan is not None:
+        Plan.parse(plan)
+    if budget is not None:
+        parse_bytes(budget)
+    sampler = Sampler(temperature, 1.0, seed)
+    folder = _session_folder(session)
+    from adaptivekv.model import load
+    from adaptivekv.selector import RuleTable
+    from adaptivekv.trainer.registry import find_champion
+
+    chooser = RuleTable() if plan is not None else find_champion(selector)
+    loaded = load(model, device, dtype)
+    talk = Session(loaded, Options(budget, quality, plan, chooser, seed=seed))
+    before = (talk.restore(folder, max_new_tokens) if folder else None) or []
+    if question:
+        if not before:
+            talk.read([{"role": "user", "content": text}], max_new_tokens, raw)
+        text = f"{text}\n\n{question}"
+    messages = [*before, {"role": "user", "content": text}]
+    for piece in talk.answer(messages, max_new_tokens, sampler, raw):
+        if not json_:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    result = talk.result()
+    if folder:
+        talk.save(folder, [*messages, {"role": "assistant", "content": result["text"]}])
+        result["kv_bytes"]["disk_end"] = (folder / "cache.safetensors").stat().st_size
+    if json_:
+        out(result)
+    else:
+        sys.stdout.write("\n")
+        _summary(result)
+
+
+def _session_folder(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise AdaptiveKVError(f"session {name!r}: use letters, digits, '-', '_' and '.'")
+    root = os.environ.get("ADAPTIVEKV_CACHE")
+    return (Path(root).expanduser() if root else Path.home() / ".cache" / "adaptivekv") / "sessions" / name
+
+
+def _summary(result: dict[str, Any]) -> None:
+    size, timing = result["kv_bytes"], result["timing"]
+    table = Table("step", "plan", "selector", "reason", title=f"plan: {result['plan']}")
+    for d in result["decisions"]:
+        table.add_row(str(d["step"]), d["plan"], d["selector"], d["reason"])
+    err.print(table)
+    err.print(
+        f"{result['prompt_tokens']} + {result['new_tokens']} tokens · device {mib(size['device_end'])}, "
+        f"peak {mib(size['device_peak'])} of {mib(size['budget'])} · host {mib(size['host_end'])} · "
+        f"full cache {mib(size['full'])} · prefill {timing['prefill_s']} s, {timing['decode_ms_per_token']} ms a token"
+    )
+
+
+@app.command()
+def evaluate(
+    plans: Annotated[list[str] | None, typer.Option(help="plans to compare; 'adaptive' is the controller")] = None,
+    more: Annotated[list[str] | None, typer.Argument(help="further plans after --plans", metavar="[PLAN]...")] = None,
+    tasks: Annotated[str, typer.Option(help="comma-separated task names")] = "niah_single,niah_multikey",
+    lengths: Annotated[str, typer.Option(help="comma-separated prompt lengths in tokens")] = "1024",
+    samples: Annotated[int, typer.Option()] = 4,
+    seed: Seed = 0,
+    haystack: Haystack = None,
+    question_aware: Annotated[bool, typer.Option("--question-aware/--question-agnostic")] = True,
+    budget: Budget = None,
+    quality: Quality = 0.03,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    selector: SelectorName = None,
+    json_: Json = False,
+) -> None:
+    """Plans x tasks x lengths: score, loss against the full cache, bytes, time."""
+    from adaptivekv.model import load
+    from adaptivekv.trainer import evaluate as room
+    from adaptivekv.trainer import tasks as task_room
+    from adaptivekv.trainer.registry import find_champion
+
+    chosen = [*(plans or []), *(more or [])] or ["full", "int4", "k4v2", "adaptive"]
+    try:
+        sizes = [int(n) for n in lengths.split(",")]
+    except ValueError:
+        raise AdaptiveKVError(f"lengths {lengths!r}: whole numbers separated by commas") from None
+    text = task_room.haystack(haystack)
+    chooser = find_champion(selector) if "adaptive" in chosen else None
+    with bar(json_) as progress:
+        job = progress.add_task("evaluate", total=None)
+        rows = room.evaluate(
+            load(model, device, dtype), chosen, [t.strip() for t in tasks.split(",")], sizes, samples, seed, text,
+            question_aware=question_aware, quality=quality, selector=chooser, budget=budget,
+            progress=lambda done, total: progress.update(job, completed=done, total=total),
+        )  # fmt: skip
+    if json_:
+        out(rows)
+        return
+    table = Table(*rows[0].keys()) if rows else Table("no rows")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
+
+
+@app.command()
+def collect(
+    scenario: Annotated[Path | None, typer.Option(help="a scenario YAML; default: the mixed scenario")] = None,
+    requests: Annotated[int, typer.Option(min=1)] = 24,
+    plans: Annotated[list[str] | None, typer.Option(help="plans to replay; default: all candidates")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="longest prompt")] = 2000,
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens replayed per request")] = 24,
+    seed: Seed = 0,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="working folder; a killed run resumes from it")] = None,
+    model: Model = None,
+    tracking_uri: Tracking = None,
+    experiment: str = "adaptivekv",
+    json_: Json = False,
+) -> None:
+    """Replay a workload through plans on Ray workers and log trajectories to MLflow."""
+    from adaptivekv.cluster.collect import collect as run
+
+    with bar(json_) as progress:
+        job = progress.add_task("collect", total=requests)
+        result = run(
+            scenario, requests, plans or None, workers, seed, max_tokens, new_tokens, model, out_dir, tracking_uri,
+            experiment, progress=lambda done, total: progress.update(job, completed=done, total=total),
+        )  # fmt: skip
+    out(result) if json_ else _facts("collect", result)
+
+
+@app.command()
+def train(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="collect runs or folders; default: the latest run")
+    ] = None,
+    seed: Seed = 0,
+    out_dir: Annotated[Path, typer.Option("--out")] = Path("policy"),
+    tracking_uri: Tracking = None,
+    experiment: str = "adaptivekv",
+    json_: Json = False,
+) -> None:
+    """Fit a selector on collected trajectories and export the flat policy."""
+    from adaptivekv.trainer.train import train as run
+
+    with err.status("train"):
+        result = run(sources or None, seed, str(out_dir), tracking_uri, experiment)
+    out(result) if json_ else _facts("train", result)
+
+
+@app.command()
+def promote(
+    run_id: Annotated[str, typer.Argument(help="the train run whose policy becomes champion")],
+    name: str = "kv-selector",
+    alias: str = "champion",
+    force: Annotated[bool, typer.Option("--force", help="even if it is not better")] = False,
+    tracking_uri: Tracking = None,
+    json_: Json = False,
+) -> None:
+    """Register a trained policy and point the alias at it."""
+    from adaptivekv.trainer.registry import promote as run
+
+    result = run(run_id, name, alias, force, tracking_uri)
+    out(result) if json_ else _facts("promote", result)
+
+
+@app.command()
+def compare(
+    kind: Annotated[str, typer.Option(help="train, collect or all")] = "train",
+    tracking_uri: Tracking = None,
+    experiment: Annotated[str | None, typer.Option()] = None,
+    json_: Json = False,
+) -> None:
+    """Runs side by side: a table and a plot, also logged to MLflow."""
+    from adaptivekv.trainer.compare import compare as run
+
+    result = run(kind, tracking_uri, experiment)
+    if json_:
+        out(result)
+        return
+    rows = result["rows"]
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*names, title=f"{kind} runs")
+    for row in rows:
+        table.add_row(*(f"{row.get(n):.4g}" if isinstance(row.get(n), float) else str(row.get(n, "")) for n in names))
+    Console().print(table)
+    err.print(f"plot: {result['plot']}")
+
+
+@app.command()
+def serve(
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model: Model = None,
+    replicas: Annotated[int, typer.Option(min=1)] = 1,
+    budget: Budget = None,
+    quality: Quality = 0.03,
+    selector: SelectorName = None,
+    api_key: Annotated[str | None, typer.Option(envvar="ADAPTIVEKV_API_KEY")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_: Json = False,
+) -> None:
+    """Serve the OpenAI API on Ray Serve until Ctrl-C."""
+    from adaptivekv.cluster.app import serve as run
+
+    if json_:
+        out({"url": f"http://{host}:{port}/v1", "model": model or "smollm2", "replicas": replicas})
+        sys.stdout.flush()
+    raise typer.Exit(run(host, port, model, replicas, budget, quality, selector, api_key, device, dtype))
+
+
+@app.command()
+def plans(json_: Json = False) -> None:
+    """The stages, with their papers and properties."""
+    from adaptivekv.policies import STAGES
+    from adaptivekv.policies.base import parameters
+
+    rows = [
+        {
+            "name": s.name, "direction": s.kind, "paper": s.paper, "needs": sorted(s.needs), "lossy": s.lossy,
+            "undoable": s.undoable, "bytes": s.formula, "parameters": parameters(s),
+        }
+        for s in STAGES.values()
+    ]  # fmt: skip
+    if json_:
+        out(rows)
+        return
+    table = Table(*rows[0].keys())
+    for row in rows:
+        row |= {"paper": row["paper"].removeprefix("https://arxiv.org/abs/"), "needs": ", ".join(row["needs"])}
+        row["parameters"] = ", ".join(k if v is None else f"{k}={v}" for k, v in row["parameters"].items())
+        table.add_row(*(str(v) for v in row.values()))
+    Console().print(table)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """What this machine has, and what is missing."""
+    from adaptivekv.doctor import doctor as run
+
+    facts = run()
+    out(facts) if json_ else _facts("doctor", facts)
+    raise typer.Exit(1 if facts["problems"] else 0)
+
+
+@app.command()
+def demo(
+    file: Annotated[Path | None, typer.Option(help="a UTF-8 text of your own; default Moby-Dick")] = None,
+    tokens: Annotated[int, typer.Option(min=1000, help="tokens of the text to read")] = 4000,
+    budget: Annotated[str, typer.Option()] = "0.25",
+    seed: Annotated[int | None, typer.Option(help="draws the facts; default: a new one each run")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """A model answers questions about a book within a quarter of its cache: full, fixed plan, adaptive side by side."""
+    from adaptivekv.demo import run
+
+    result = run(file, tokens, budget, seed, model, device, None if json_ else err)
+    if json_:
+        out(result)
+
+
+def _facts(title: str, value: dict[str, Any]) -> None:
+    table = Table("", "", title=title, show_header=False)
+    for key, entry in value.items():
+        table.add_row(key, entry if isinstance(entry, str) else json.dumps(entry, default=str))
+    Console().print(table)
+
+
+def main() -> None:
+    """Console entry: errors a user can cause are one line each, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except AdaptiveKVError as error:
+        message, status = str(error), 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the parser's own; Typer may carry a copy of click, so no type to name
+            sys.stderr.write(f"adaptivekv: {error.format_message()}; see --help\n")
+            sys.exit(2)
+        if os.environ.get("ADAPTIVEKV_DEBUG"):
+            raise
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message, status = f"{type(error).__name__}: {text} (ADAPTIVEKV_DEBUG=1 shows where)", 1
+    sys.stderr.write(f"adaptivekv: {' '.join(message.split())}\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Run the server: `build` for `serve run adaptivekv.cluster.app:build`, `serve` for `adaptivekv serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import torch
+from ray import serve as ray_serve
+from ray.serve import Deployment
+
+from adaptivekv.cluster.deployments import Ingress, Worker, model_id
+from adaptivekv.controller import DEFAULT_QUALITY
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.memory.formats import parse_bytes
+from adaptivekv.model import DEFAULT, EMBEDDED, converted, resolve_device, resolve_dtype
+from adaptivekv.trainer import tracking
+from adaptivekv.trainer.registry import ALIAS, find_champion
+
+NAME = "adaptivekv"
+WAITING = 4  # jobs a worker takes at a time: one runs, the others start without a gap
+ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+ARGS = (
+    "model", "replicas", "budget", "quality", "selector", "tracking_uri", "api_key", "device", "dtype", "threads",
+    "sessions", "queue", "trajectories", "epsilon",
+)  # fmt: skip
+
+
+def build(args: dict[str, Any]) -> ray_serve.Application:
+    """The application, from `key=value` words or a config file's `args`; all are optional.
+
+    model, device, dtype: as adaptivekv.model.load. replicas: workers, a model each. budget, quality: of requests that
+    name none. selector: champion, rules or a policy's path; tracking_uri: where the champion is looked for.
+    api_key: what clients must send. threads: of torch a worker, on the CPU. sessions: conversations a worker keeps.
+    queue: requests that may wait before others are refused with 429. trajectories: folder for decision logs.
+    epsilon: chance that a decision explores.
+
+    Raises AdaptiveKVError for an unknown or impossible argument.
+    """
+    for key in args:
+        if key not in ARGS:
+            near = difflib.get_close_matches(key, ARGS, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ARGS)}"
+            raise AdaptiveKVError(f"argument {key!r}: unknown; {hint}")
+    given = {key: value for key, value in args.items() if value is not None}
+    replicas, queue = _number(given, "replicas", 1, 1), _number(given, "queue", 32, 0)
+    threads = _number(given, "threads", max(1, (os.cpu_count() or 2) // 2 // replicas), 1)
+    options: dict[str, Any] = {
+        "quality": float(given.get("quality", DEFAULT_QUALITY)),
+        "epsilon": float(given.get("epsilon", 0.0)),
+    }
+    if not 0 <= options["quality"] < float("inf"):
+        raise AdaptiveKVError(f"quality={options['quality']}: nats per token, 0 or more")
+    if "budget" in given:
+        options["budget"] = parse_bytes(given["budget"])
+    device, dtype = str(given.get("device", "auto")), str(given.get("dtype", "auto"))
+    gpus = _gpus(device, dtype, replicas)
+    model = _absolute(str(given.get("model", DEFAULT)).strip())
+    worker = cast(Deployment, Worker).options(
+        num_replicas=replicas,
+        max_ongoing_requests=WAITING,
+        max_queued_requests=queue,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=20,
+        health_check_period_s=5,
+        max_constructor_retry_count=1,
+        user_config={"selector": _absolute(str(given.get("selector", ALIAS))), "tracking_uri": _tracking(given)},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": gpus,
+            # Idle OpenMP threads that spin would take the cores that other workers compute on.
+            "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        },
+        **({"request_router_config": {"request_router_class": ROUTER}} if replicas > 1 else {}),
+    ).bind(
+        model, "cuda" if gpus else "cpu", dtype, threads, _number(given, "sessions", 4, 0),
+        _absolute(str(given["trajectories"]), True) if "trajectories" in given else None, **options,
+    )  # fmt: skip
+    ingress = cast(Deployment, Ingress).options(
+        max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=0.2, ray_actor_options={"num_cpus": 0}
+    )
+    return ingress.bind(worker, model_id(model), str(given["api_key"]) if "api_key" in given else None)
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model: str | None = None,
+    replicas: int = 1,
+    budget: str | float | int | None = None,
+    quality: float = DEFAULT_QUALITY,
+    selector: str | None = None,
+    api_key: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    **more: Any,
+) -> int:
+    """Serve until Ctrl-C or SIGTERM, then stop and return 0. `more`: further arguments of `build`.
+
+    Starts a Ray of its own, or joins the one that RAY_ADDRESS names. Raises AdaptiveKVError, one line that names the
+    fix, before anything is started where it can: port taken, model or selector not to be had, bad option.
+    """
+    args: dict[str, Any] = {
+        "model": model,
+        "replicas": replicas,
+        "budget": budget,
+        "quality": quality,
+        "selector": selector,
+    }
+    args |= {"api_key": api_key, "device": device, "dtype": dtype} | more
+    with _interruptible():
+        try:
+            check_port(host, port)
+            check_model(model or DEFAULT)
+            app = build(args)
+            find_champion(selector, args.get("tracking_uri"))
+            _start(app, host, port, replicas)
+            print(f"serving {model_id(model or DEFAULT)} on http://{host}:{port}/v1", flush=True)
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C would leave half of it running
+                signal.signal(number, signal.SIG_IGN)
+            _stop()
+
+
+def check_port(host: str, port: int) -> None:
+    """AdaptiveKVError unless a server could listen there now."""
+    if not 0 < port < 65536:
+        raise AdaptiveKVError(f"port {port}: between 1 and 65535")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise AdaptiveKVError(f"port {port} on {host}: {reason}; give another with --port or --host") from None
+
+
+def check_model(model: str) -> None:
+    """AdaptiveKVError where it is plain without loading anything that this model cannot be had."""
+    if model in EMBEDDED:
+        converted(model)
+        return
+    from transformers import AutoConfig
+
+    from adaptivekv.model import _hint, _local_folder, quiet
+
+    folder = _local_folder(model)
+    with quiet():
+        try:
+            AutoConfig.from_pretrained(str(folder or model), local_files_only=bool(folder))
+        except Exception as error:  # transformers raises almost anything here
+            line = str(error).strip().splitlines()[0][:200]
+            raise AdaptiveKVError(f"cannot load model {model!r}: {line}{'' if folder else _hint(model)}") from None
+
+
+def _start(app: ray_serve.Application, host: str, port: int, replicas: int) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    own: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, replicas), "include_dashboard": False, "object_store_memory": 128 << 20,
+    }  # fmt: skip
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        ray.init(address or "local", namespace="serve", **quiet, **({} if address else own))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise AdaptiveKVError(f"cannot start Ray at {address or 'local'}: {_last(error)}") from None
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _take_signals()  # ray.init has put its own in
+    ray_serve.start(http_options={"host": host, "port": port})
+    try:
+        ray_serve.run(app, name=NAME, logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    except RuntimeError as error:
+        raise AdaptiveKVError(_cause(error)) from None
+    _check_answers(host, port)
+
+
+def _stop() -> None:
+    """Let the app's workers end what they are at; a Ray of our own ends with us, others' stays as it was."""
+    if ray.is_initialized():
+        with contextlib.suppress(Exception):
+            ray_serve.delete(NAME)
+        ray.shutdown()
+
+
+def _check_answers(host: str, port: int) -> None:
+    """A Serve that ran before keeps its own host and port; say so instead of naming ours."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener.open(f"http://{here}:{port}/health", timeout=10).close()
+    except OSError as error:
+        raise AdaptiveKVError(
+            f"port {port} on {host}: the app runs, but does not answer there ({_last(error)}); a Serve that was "
+            "already running on this cluster keeps its own address: stop it or give its port"
+        ) from None
+
+
+def _cause(error: Exception) -> str:
+    """The worker's own words out of Serve's account of a failed deployment."""
+    messages = [str(error)]
+    with contextlib.suppress(Exception):
+        deployed = ray_serve.status().applications[NAME]
+        messages += [deployed.message, *(deployment.message for deployment in deployed.deployments.values())]
+    ours = re.findall(r"(?:AdaptiveKVError|BudgetError): (.+)", "\n".join(messages))
+    return ours[-1].strip() if ours else f"the app did not start: {_last(error)}; Ray's logs are under /tmp/ray"
+
+
+def _last(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:300] if lines else type(error).__name__
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _take_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _take_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _gpus(device: str, dtype: str, replicas: int) -> float:
+    """GPUs a worker asks Ray for: one, or the share that lets all replicas run; 0 on the CPU."""
+    if device.startswith("cuda:"):
+        raise AdaptiveKVError(f"device {device!r}: Ray gives out the GPUs; use cuda and CUDA_VISIBLE_DEVICES")
+    where = resolve_device(device)
+    resolve_dtype(dtype, where)
+    return min(1.0, torch.cuda.device_count() / replicas) if where.type == "cuda" else 0
+
+
+def _number(args: dict[str, Any], name: str, default: int, least: int) -> int:
+    try:
+        value = int(args.get(name, default))
+    except (TypeError, ValueError):
+        value = least - 1
+    if value < least:
+        raise AdaptiveKVError(f"{name}={args[name]!r}: a whole number, {least} or more")
+    return value
+
+
+def _absolute(name: str, always: bool = False) -> str:
+    """Workers may stand in another folder than we do."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if always or path.exists() else name
+
+
+def _tracking(args: dict[str, Any]) -> str:
+    where = tracking.uri(args.get("tracking_uri"))
+    file = tracking.database(where)
+    return f"sqlite:///{file}" if file else where

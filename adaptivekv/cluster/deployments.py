@@ -1,0 +1,187 @@
+"""The two Serve deployments: an Ingress that speaks OpenAI's HTTP, and the Worker that holds a model.
+
+No postponed annotations here: Serve pickles the routes by value, without the globals that only annotations name.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from adaptivekv.cluster.api import Asked, ChatRequest, Fault, Job, TextRequest, invalid
+from adaptivekv.cluster.replies import Event, Reply, model_card
+
+SESSION_HEADER = "x-session-id"
+LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+log = logging.getLogger("adaptivekv")
+
+
+@serve.deployment
+class Worker:
+    """One model in one process; one answer at a time. `threads`: of torch, on the CPU."""
+
+    def __init__(
+        self,
+        model: str | None,
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int = 1,
+        sessions: int = 4,
+        trajectories: str | None = None,
+        **options: Any,
+    ):
+        import torch
+
+        from adaptivekv.cluster.conversations import make_engine
+        from adaptivekv.engine.session import Options
+        from adaptivekv.model import load
+
+        torch.set_num_threads(threads)
+        self.engine = make_engine(load(model, device, dtype), Options(**options), sessions, trajectories)
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """`{"selector": "champion" | "rules" | path, "tracking_uri": ...}`; other keys only make it look new."""
+        await self.engine.reconfigure(config.get("selector"), config.get("tracking_uri"))
+
+    async def generate(self, job: Job) -> AsyncIterator[Event]:
+        async with contextlib.aclosing(self.engine.generate(job)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+    def check_health(self) -> None:
+        self.engine.check()
+
+    async def __del__(self) -> None:
+        await asyncio.to_thread(self.engine.close)
+
+
+def allowed(request: Request) -> None:
+    """401 unless the request carries the server's key, where it has one."""
+    key = serve.get_replica_context().servable_object.api_key
+    given = request.headers.get("authorization", "").encode()
+    if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        raise Fault(401, "wrong or missing API key: send Authorization: Bearer KEY", code="invalid_api_key")
+
+
+app = FastAPI(title="adaptivekv", docs_url=None, redoc_url=None)
+KEY = [Depends(allowed)]
+
+
+def _error(fault: Fault) -> JSONResponse:
+    return JSONResponse({"error": fault.error}, fault.status, fault.headers)
+
+
+@app.exception_handler(Fault)
+async def _on_fault(request: Request, fault: Fault) -> Response:
+    return _error(fault)
+
+
+@app.exception_handler(RequestValidationError)
+async def _on_invalid(request: Request, error: RequestValidationError) -> Response:
+    return _error(invalid(error.errors()))
+
+
+@app.exception_handler(HTTPException)
+async def _on_http(request: Request, error: HTTPException) -> Response:
+    return _error(Fault(error.status_code, f"{request.method} {request.url.path}: {error.detail}".lower()))
+
+
+@app.exception_handler(Exception)
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return _error(Fault(500, "internal error; the server's log has it", code="internal_error"))
+
+
+@serve.deployment
+@serve.ingress(app)
+class Ingress:
+    """Checks requests, hands them to a worker, shapes what comes back."""
+
+    def __init__(self, worker: DeploymentHandle, model: str, api_key: str | None = None):
+        self.worker, self.model, self.api_key = worker.options(stream=True), model, api_key
+        self.card = model_card(model, int(time.time()))
+
+    @app.get("/health")
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok", "model": self.model}
+
+    @app.get("/v1/models", dependencies=KEY)
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self.card]}
+
+    @app.get("/v1/models/{name:path}", dependencies=KEY)
+    async def one_model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return self.card
+
+    @app.post("/v1/chat/completions", dependencies=KEY)
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        return await self._answer(body, request, "chatcmpl")
+
+    @app.post("/v1/completions", dependencies=KEY)
+    async def text(self, body: TextRequest, request: Request) -> Response:
+        return await self._answer(body, request, "cmpl")
+
+    def _check_model(self, name: str) -> None:
+        if name != self.model:
+            message = f"model {name!r} does not exist; this server has {self.model!r}"
+            raise Fault(404, message, "model", "model_not_found")
+
+    async def _answer(self, body: Asked, request: Request, prefix: str) -> Response:
+        self._check_model(body.model)
+        assert isinstance(body, ChatRequest | TextRequest)
+        job = body.to_job(f"{prefix}-{uuid.uuid4().hex}", request.headers.get(SESSION_HEADER) or None)
+        reply = Reply(job.id, self.model, isinstance(body, ChatRequest), body.usage_wanted)
+        events = self._events(job)
+        first = await anext(events)
+        if body.stream and "error" not in first:
+            stream = reply.stream(first, events)
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        text, event = "", first
+        async with contextlib.aclosing(events):  # type: ignore[type-var]
+            while "done" not in event:
+                if "error" in event:
+                    return JSONResponse({"error": event["error"]}, event["status"])
+                text += event["text"]
+                event = await anext(events)
+        return JSONResponse(reply.whole(text, event["done"]))
+
+    async def _events(self, job: Job) -> AsyncIterator[Event]:
+        """A worker's events. A worker that dies before its first one is replaced once; later, an error ends them."""
+        for last_try in (False, True):
+            begun, answer = False, self.worker.options(session_id=job.session or job.id).generate.remote(job)
+            try:
+                async for event in answer:
+                    begun = True
+                    yield event
+                return
+            except BackPressureError:
+                message = "all workers are busy and the queue is full; try again soon"
+                raise Fault(429, message, None, "rate_limit_exceeded", "rate_limit_error") from None
+            except LOST as error:
+                log.error(f"request {job.id}: {type(error).__name__}")
+                gone = Fault(503, "the worker died; send the request again", None, "worker_died")
+                if begun or last_try:
+                    yield {"error": gone.error, "status": gone.status}
+                    return
+            except (asyncio.CancelledError, GeneratorExit):  # the client has gone
+                answer.cancel()
+                raise
+
+
+def model_id(model: str) -> str:
+    """What clients call the model: its name, or the folder's without the path."""
+    return Path(model).name if Path(model).is_dir() else model

@@ -1,0 +1,223 @@
+"""Ray workers of a collection: each loads the model once and replays whole requests through every plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from adaptivekv import model
+from adaptivekv.controller import Controller
+from adaptivekv.controller import Request as CacheRequest
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.features import schema
+from adaptivekv.features.request import text_features
+from adaptivekv.memory.pages import DEVICE
+from adaptivekv.plan import Plan
+from adaptivekv.trainer import replay as replaying
+from adaptivekv.trainer import workload
+from adaptivekv.trainer.workload import Prompt, Request
+
+VERSION = "replay"  # of the policy that "chose": none did, every plan was run
+
+
+class ReplayWorker:
+    """One model, one torch thread; `replay` does one request at a time and may be repeated."""
+
+    def __init__(self, model: str | None, plans: tuple[str, ...], new_tokens: int):
+        torch.set_num_threads(1)
+        self.name, self.plans, self.new_tokens = model, plans, new_tokens
+        self.loaded: Any = None
+
+    def load(self) -> str | None:
+        """Loads the model; what is wrong with it, or None. Not in the constructor: Ray would bury the reason."""
+        try:
+            self.loaded = self.loaded or model.load(self.name)
+        except AdaptiveKVError as error:
+            return str(error)
+        return None
+
+    def replay(self, request: Request) -> list[dict[str, Any]] | str:
+        """A trajectory row per plan, or why there is none. The prompt is read once, with the full cache."""
+        if fault := self.load():
+            return fault
+        try:
+            prompt = workload.write(request, self.loaded.tokenizer)
+            reference = replaying.reference(self.loaded, prompt.ids, self.new_tokens, plans=self.plans)
+            try:
+                state = schema.row(features(request, prompt, reference))
+                return [row(request, state.tolist(), self.plans, *self._run(reference, plan)) for plan in self.plans]
+            finally:
+                reference.free()
+        except AdaptiveKVError as error:
+            return str(error)
+
+    def _run(self, reference: replaying.Reference, plan: str) -> tuple[str, replaying.Replay, int]:
+        """A plan, its replay, and how many tokens it was judged by.
+
+        On a CPU the time of a step is processor time, not the clock's: workers and whatever else runs there share the
+        cores. It holds an equal part of the copy that the replay began with.
+        """
+        tokens, begun = len(reference.tokens), time.thread_time()
+        run = replaying.replay(reference, plan)
+        if self.loaded.device.type == "cpu" and tokens > 1:
+            spent = time.thread_time() - begun
+            run.step_ms = 1e3 * spent * (1 - run.apply_s / run.seconds) / (tokens - 1)
+        return plan, run, tokens
+
+
+def features(request: Request, prompt: Prompt, reference: replaying.Reference) -> dict[str, float]:
+    """What a controller would see at the end of this prompt, under the budget and company the request was drawn with.
+
+    The reference holds everything on the device, so the system features are computed: a controller's own bytes end at
+    its budget, and what is above has been spilled to the host.
+    """
+    (watched,) = reference.cache.requests
+    limited: CacheRequest = dataclasses.replace(
+        watched,
+        budget=int(request.budget * watched.full) if request.budget < 1 else None,
+        facts=watched.facts | text_features(prompt.text, prompt.ids),
+    )
+    values = Controller(quality=request.quality).features(limited)
+    values.pop("log2_question", None)  # where a question begins within one message is not known when serving
+    used = watched.sequence.bytes(DEVICE) + watched.sequence.pool.staging_bytes
+    longest = max(reference.cache.positions, watched.prompt + watched.new)
+    limit = limited.budget or watched.full * longest // (watched.prompt + watched.new)
+    values["pressure"] = min(1.0, used / limit + request.pressure)
+    values["host_room"] = max(0.0, request.host - max(0, used - limit) / watched.full)
+    return values
+
+
+def row(
+    request: Request, state: list[float], plans: tuple[str, ...], plan: str, run: replaying.Replay, tokens: int
+) -> dict[str, Any]:
+    """One row of trajectories.SCHEMA. Full information: every plan was run, so all are allowed, each with probability
+    1 / n, and the label was taken for certain. Nothing here says which plans the drawn budget would have allowed.
+
+    Byte-seconds are of the decode steps. link_bytes: what was moved out once, and read back a step by what is read.
+    """
+    seen = Plan.parse(plan).features()
+    seconds = run.step_ms / 1e3 * tokens
+    return {
+        "request_id": request.id,
+        "session_id": request.id,
+        "step": 0,
+        "schema_version": schema.VERSION,
+        "features": state,
+        "plans": list(plans),
+        "allowed": [True] * len(plans),
+        "probs": [1 / len(plans)] * len(plans),
+        "plan": plan,
+        "plan_features": schema.row(seen, schema.PLAN_NAMES).tolist(),
+        "pressure_override": False,
+        "policy_version": VERSION,
+        "seed": request.seed,
+        "scenario": request.kind,
+        "split": request.split,
+        "document": request.document,
+        "device_byte_s": run.device_bytes * seconds,
+        "host_byte_s": run.host_bytes * seconds,
+        "link_bytes": run.host_bytes * (1 + seen["read_share"] * tokens),
+        "switch_ms": 1e3 * run.apply_s,
+        "step_ms": run.step_ms,
+        "device_bytes": run.device_bytes,
+        "host_bytes": run.host_bytes,
+        "tokens": tokens,
+        "label_loss": run.kl_mean,
+        "label_worst": run.kl_worst,
+        "label_flip": run.flip_rate,
+        "label_kind": "replay",
+        "label_prob": 1.0,
+    }
+
+
+# -- Ray -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def actors(count: int, model: str | None, plans: tuple[str, ...], new_tokens: int) -> Iterator[list[Any]]:
+    """`count` ReplayWorkers with their model loaded, on the Ray of RAY_ADDRESS, of this process, or a local one."""
+    try:
+        import ray
+    except ImportError:
+        raise AdaptiveKVError("Ray is not installed; pip install 'adaptivekv[learn]'") from None
+
+    started = not ray.is_initialized()
+    if started:
+        connect(ray, count)
+    pool: list[Any] = []
+    try:
+        have = ray.cluster_resources()
+        if ray.available_resources().get("CPU", 0) < count:
+            free = int(ray.available_resources().get("CPU", 0))
+            raise AdaptiveKVError(
+                f"collect: workers is {count}, and Ray has {free} of {int(have.get('CPU', 0))} CPUs free"
+            )
+        gpus = min(1.0, int(100 * have.get("GPU", 0) / count) / 100)
+        environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}}
+        kind = ray.remote(ReplayWorker).options(
+            num_cpus=1, num_gpus=gpus, max_restarts=2, max_task_retries=2, runtime_env=None if started else environment
+        )
+        pool = [kind.remote(model, plans, new_tokens) for _ in range(count)]
+        for fault in ray.get([worker.load.remote() for worker in pool]):
+            if fault:
+                raise AdaptiveKVError(fault)
+        yield pool
+    except ray.exceptions.RayError as error:
+        raise AdaptiveKVError(
+            f"collect: Ray failed ({str(error).strip().splitlines()[0]}); run the same command again"
+        ) from None
+    finally:
+        for worker in pool:
+            ray.kill(worker)
+        if started:
+            ray.shutdown()
+
+
+def connect(ray: Any, cpus: int) -> None:
+    """Quiet, without dashboard or reports. Threads that spin while they wait would stop each other: workers inherit."""
+    for name, value in {
+        "OMP_WAIT_POLICY": "PASSIVE", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"
+    }.items():  # fmt: skip
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    local = {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "object_store_memory": 100 << 20}
+    try:
+        ray.init(
+            address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local)
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdaptiveKVError(f"collect: Ray at {address or 'this machine'} does not start ({reason})") from None
+
+
+def replayed(pool: list[Any], requests: list[Request]) -> Iterator[tuple[Request, list[dict[str, Any]] | str]]:
+    """Every request with its rows, or with what went wrong, as they finish. A worker that stays dead is dropped."""
+    import ray
+
+    waiting, idle = list(requests), list(pool)
+    running: dict[Any, tuple[Any, Request]] = {}
+    while waiting or running:
+        while waiting and idle:
+            worker, request = idle.pop(), waiting.pop(0)
+            running[worker.replay.remote(request)] = worker, request
+        if not running:
+            raise AdaptiveKVError("collect: every Ray worker has died (out of memory?); use fewer workers")
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        worker, request = running.pop(ready)
+        try:
+            found = ray.get(ready)
+            idle.append(worker)
+        except ray.exceptions.RayActorError:
+            waiting.append(request)
+            continue
+        except ray.exceptions.RayTaskError as error:
+            found = f"{type(error.cause).__name__}: {error.cause}".splitlines()[0]
+            idle.append(worker)
+        yield request, found

@@ -1,0 +1,284 @@
+"""Quality labels by teacher-forced replay: what a plan does to the tokens that the full cache would have produced.
+
+A prompt is read once, with the full cache. Every plan then starts from a copy of that cache in a pool of its own, so
+that plans cannot disturb each other and bytes, peak and budget are those of a request that runs alone. The loss is the
+KL divergence of the plan from the full cache (arXiv 2407.09141 on why, and why flips belong beside it), per generated
+token. The first token's logits come from the prompt's own forward, before any plan can act: it counts, with no loss,
+unless a question follows the compressed document.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptivekv.cache import AdaptiveCache
+from adaptivekv.controller import CANDIDATES, Controller, Decision
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.features.request import text_features
+from adaptivekv.memory.formats import FORMATS
+from adaptivekv.memory.pages import DEVICE, HOST
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.model import LoadedModel
+from adaptivekv.plan import Plan
+
+Budget = str | float | int | None
+
+
+@dataclass
+class Reference:
+    """One prompt read with the full cache, and the tokens it goes on with. `free()` gives the cache back.
+
+    tokens [m] are greedy, m = `new` or, where generation stopped, fewer; logits [m, V] float32 log-probabilities,
+    row i over token i. `cache` holds the document (all of the prompt, unless there are `question_ids`).
+    """
+
+    loaded: LoadedModel
+    cache: AdaptiveCache
+    last: Tensor  # logits [V] after the document
+    ids: list[int]
+    question_ids: list[int]
+    new: int
+    tokens: list[int]
+    logits: Tensor
+    seconds: float  # reading the document
+
+    @property
+    def prompt(self) -> int:
+        return len(self.ids) + len(self.question_ids)
+
+    @property
+    def text(self) -> str:
+        return self.loaded.tokenizer.decode(self.tokens, skip_special_tokens=True)
+
+    @property
+    def full_bytes(self) -> int:
+        """A 16-bit cache of the prompt and the tokens that were generated."""
+        return sum(s.slot_elements for s in self.cache.shapes) * 2 * (self.prompt + len(self.tokens))
+
+    def free(self) -> None:
+        self.cache.clear()
+
+
+@dataclass
+class Replay:
+    """One plan against its reference. Losses in nats per generated token; bytes physical, after the last step."""
+
+    plan: str  # in force at the end
+    kl_mean: float
+    kl_worst: float
+    flip_rate: float  # share of the tokens whose most likely choice differs
+    step_ms: float  # median decode step
+    apply_s: float  # deciding and applying at the end of the prompt
+    device_bytes: int
+    host_bytes: int
+    device_peak: int  # most held at once, the full cache before the plan was applied and staging included
+    budget: int | None
+    decisions: list[Decision]
+    kl: list[float] = field(default_factory=list)  # token by token
+    text: str | None = None  # free-running greedy answer, where asked for
+    seconds: float = 0.0
+
+
+@torch.inference_mode()
+def reference(
+    loaded: LoadedModel,
+    ids: list[int],
+    new: int,
+    kv_dtype: torch.dtype | None = None,
+    question_ids: list[int] | None = None,
+    stop: bool = False,
+    plans: tuple[str, ...] = (),
+) -> Reference:
+    """Read `ids` with the full cache, watched as any plan would need it, and go on greedily for `new` tokens.
+
+    kv_dtype: of native pages (None: 16 bits). question_ids: what follows the document; plans are then applied before
+    it is read (question-agnostic), else to all of `ids`. stop: end with the model's own stop token, as an answer does.
+    plans: those to be replayed, where they need more queries than the candidates do.
+    """
+    question = question_ids or []
+    if not ids or new < 1:
+        raise AdaptiveKVError(f"new={new}: at least 1" if ids else "empty prompt: give some text")
+    model = loaded.model
+    dtype = kv_dtype or (torch.float16 if model.dtype == torch.float32 else model.dtype)
+    watch = Controller(Plan(), candidates=tuple(dict.fromkeys(CANDIDATES + plans)), watch=True)
+    total = len(ids) + len(question) + new
+    cache = AdaptiveCache(model, kv_dtype=dtype, controller=watch, max_tokens=total, host=0)
+    if cache.positions and total > cache.positions:
+        raise AdaptiveKVError(f"{total} tokens, answer included: the model has {cache.positions} positions; shorten it")
+    facts = text_features(loaded.tokenizer.decode(ids + question), ids + question, len(question) or None)
+    cache.expect(len(ids) + len(question), new, facts)
+    start = time.perf_counter()
+    last = _feed(loaded, cache, ids, 0)
+    made = Reference(loaded, cache, last, ids, question, new, [], last[None], time.perf_counter() - start)
+    run = _Run(made, Controller(Plan()), None)
+    stops = stop_tokens(loaded) if stop else set()
+    made.tokens, logits = run.generate(new, stops)
+    made.logits = torch.stack(logits)
+    run.free()
+    return made
+
+
+def replay(
+    reference: Reference,
+    plan: str | Plan | Controller,
+    budget: Budget = None,
+    text: int = 0,
+) -> Replay:
+    """Force the reference's tokens through a plan (or whatever a fresh controller chooses), one decode step each.
+
+    budget: as for AdaptiveCache; pages beyond it wait in host memory until the plan is applied, as while a prompt is
+    read. text: also answer freely with up to this many tokens (`new` at most). The reference is left as it was.
+    """
+    controller = plan if isinstance(plan, Controller) else Controller(Plan.parse(plan))
+    start, state = time.perf_counter(), controller.rng.bit_generator.state
+    with torch.inference_mode():
+        run = _Run(reference, controller, budget)
+        try:
+            out = run.forced()
+        finally:
+            run.free()
+        if text:
+            out.text = _answer(reference, controller, state, budget, min(text, reference.new), out.flip_rate)
+    out.seconds = time.perf_counter() - start
+    return out
+
+
+def _answer(reference: Reference, controller: Controller, state: Any, budget: Budget, limit: int, flips: float) -> str:
+    """The free-running answer: the reference's own as long as no choice differed, else generated anew."""
+    stops, own = stop_tokens(reference.loaded), reference.tokens[:limit]
+    whole = len(own) == limit or any(token in stops for token in own)
+    if flips == 0 and whole:
+        own = own[: next((i for i, token in enumerate(own) if token in stops), len(own))]
+        return reference.loaded.tokenizer.decode(own, skip_special_tokens=True)
+    controller.rng.bit_generator.state = state  # explores as it did
+    run = _Run(reference, controller, budget)
+    try:
+        tokens, _ = run.generate(limit, stops)
+    finally:
+        run.free()
+    return reference.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class _Run:
+    """One request that goes on from a copy of the reference's cache under a controller of its own."""
+
+    def __init__(self, reference: Reference, controller: Controller, budget: Budget):
+        self.reference, self.loaded = reference, reference.loaded
+        mine, (theirs,) = reference.cache, reference.cache.requests
+        new = reference.new
+        self.cache = cache = AdaptiveCache(
+            self.loaded.model, budget, controller.quality, kv_dtype=mine.dtype, controller=controller,
+            max_tokens=reference.prompt + new,
+        )  # fmt: skip
+        cache.expect(reference.prompt, new, {k: v for k, v in theirs.facts.items() if not k.startswith("logit_")})
+        cache._admit(1, [mine.seen])
+        (self.request,) = cache.requests
+        copy_sequence(theirs.sequence, self.request.sequence)
+        self.request.facts = dict(theirs.facts)
+        cache.seen = mine.seen
+        start = time.perf_counter()
+        cache.end_prefill()
+        self.apply_s = time.perf_counter() - start
+        self.at, self.logits = len(reference.ids), reference.last
+        if reference.question_ids:
+            self.logits = _feed(self.loaded, cache, reference.question_ids, self.at)
+            self.at += len(reference.question_ids)
+            self.request.prefilling = False  # the question stays native: the plan was for the document
+
+    def step(self, token: int) -> None:
+        self.logits = _feed(self.loaded, self.cache, [token], self.at)
+        self.at += 1
+
+    def generate(self, new: int, stops: set[int]) -> tuple[list[int], list[Tensor]]:
+        """Greedy tokens up to `new`, the stop token included, and the log-probabilities [V] each was chosen by."""
+        tokens: list[int] = []
+        rows: list[Tensor] = []
+        while True:
+            rows.append(self.logits.float().log_softmax(-1))
+            tokens.append(int(rows[-1].argmax()))
+            if len(tokens) == new or tokens[-1] in stops:
+                return tokens, rows
+            self.step(tokens[-1])
+
+    def forced(self) -> Replay:
+        """The reference's tokens, whatever this run would have chosen."""
+        losses, flips, times = [], 0, []
+        for i, token in enumerate(self.reference.tokens):
+            full, ours = self.reference.logits[i], self.logits.float().log_softmax(-1)
+            losses.append(max(0.0, float((full.exp() * (full - ours)).sum())))
+            flips += int(ours.argmax()) != token
+            if i + 1 < len(self.reference.tokens):
+                start = time.perf_counter()
+                self.step(token)  # ends with a read of the logits, so a GPU is waited for
+                times.append(time.perf_counter() - start)
+        pool, sequence = self.cache.pool, self.request.sequence
+        assert pool is not None
+        return Replay(
+            str(self.request.plan), float(np.mean(losses)), max(losses), flips / len(losses),
+            1e3 * statistics.median(times) if times else 0.0, self.apply_s,
+            sequence.bytes(DEVICE), sequence.bytes(HOST),
+            pool.arena(DEVICE).peak + pool.staging_bytes, self.request.budget, list(self.request.decisions), losses,
+        )  # fmt: skip
+
+    def free(self) -> None:
+        self.cache.clear()
+
+
+def copy_sequence(source: Sequence, target: Sequence) -> None:
+    """Fill an empty sequence of another pool with a native one that lies on the device; `source` keeps everything.
+
+    What the target's device has no room for goes to its host: the least worthy columns of each layer, as the
+    controller spills them while a prompt is read.
+    """
+    native, pool = FORMATS["native"], target.pool
+    if target.window > source.window:
+        have, need = source.window, target.window
+        raise AdaptiveKVError(
+            f"window={need}: the reference kept {have} queries; name the plan in `plans` when making it"
+        )
+    columns = max(ids.shape[1] for ids in source.ids)
+    keep = min(columns, pool.arena(DEVICE).free_bytes // pool.column_bytes(native))
+    for layer, ids in enumerate(source.ids):
+        assert (ids >= 0).all() and (source.pool.tier[ids] == DEVICE).all() and (source.pool.code[ids] == 0).all()
+        target.ids[layer] = np.full_like(ids, -1)
+        worth = np.nan_to_num(source.mass[layer], nan=0.0).max(0, initial=-1.0) + 1e-9 * np.arange(ids.shape[1])
+        order = np.argsort(-worth, kind="stable")
+        for part, tier in ((np.sort(order[:keep]), DEVICE), (np.sort(order[keep:]), HOST)):
+            if len(part):
+                pages = ids[:, part].reshape(-1)
+                raw = source.pool.raw(pages)
+                made = pool.adopt(layer, raw, source.pool.count[pages], source.pool.pos[pages], native, tier)
+                target.ids[layer][:, part] = made.reshape(len(ids), -1)
+        target.mass[layer] = source.mass[layer].copy()
+        target.tail_k[layer].copy_(source.tail_k[layer])
+        target.tail_v[layer].copy_(source.tail_v[layer])
+        if target.ring:
+            target.ring[layer].copy_(source.ring[layer][:, source.window - target.window :])  # newest last
+    target.length, target.tail_len, target.tail_pos = source.length, source.tail_len, source.tail_pos.copy()
+    target.ring_fill = min(target.window, source.ring_fill)
+    target.protected, target.scaling = list(source.protected), source.scaling
+    target.touch()
+
+
+def stop_tokens(loaded: LoadedModel) -> set[int]:
+    stop = loaded.model.generation_config.eos_token_id
+    return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+
+
+def _feed(loaded: LoadedModel, cache: AdaptiveCache, ids: list[int], at: int) -> Tensor:
+    """Forward `ids`, which stand at position `at` and after, in chunks. Returns the last logits [V]."""
+    out = None
+    for start in range(0, len(ids), cache.chunk):
+        part = torch.tensor([ids[start : start + cache.chunk]], device=loaded.device)
+        where = torch.arange(at + start, at + start + part.shape[1], device=loaded.device)[None]
+        out = loaded.model(part, past_key_values=cache, position_ids=where, logits_to_keep=1).logits[:, -1]
+        cache.observe_logits(out)
+    assert out is not None
+    return out[0]

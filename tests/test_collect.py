@@ -1,0 +1,198 @@
+"""Collecting on a local Ray with the embedded model: the whole loop, a kill in the middle, bad scenarios."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.features import schema
+from adaptivekv.trainer import dataset, registry, tracking, trajectories, workload
+from adaptivekv.trainer.compare import compare
+from adaptivekv.trainer.train import train
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("mlflow")
+
+from adaptivekv.cluster.collect import collect  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+PLANS = ["int4", "int2", "streaming(0.25)"]
+SMALL = {"plans": PLANS, "max_tokens": 160, "new_tokens": 3, "workers": 1}
+MIXED = (ROOT / "experiments" / "scenarios" / "mixed.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """One Ray for all tests of this file; `collect` must leave it running."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    yield ray.get_runtime_context().gcs_address
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A tracking uri; making its database takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+def test_loop(local_ray, store, tmp_path, monkeypatch):
+    """collect, train, promote, train again, compare."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ADAPTIVEKV_CACHE", str(Path.home() / ".cache" / "adaptivekv"))
+    seen = []
+    got = collect("mixed", 4, tracking_uri=store, progress=lambda done, total: seen.append((done, total)), **SMALL)
+    assert seen == [(i, 4) for i in range(5)]
+    assert (got["requests"], got["rows"], got["failed"], got["folder"]) == (4, 16, {}, None)
+    assert not list((tmp_path / "cache" / "adaptivekv" / "collect").iterdir())
+
+    table = dataset.load([got["run_id"]], store)
+    rows = dataset.rows(table)
+    assert Counter(rows.plan) == dict.fromkeys(["full", *PLANS], 4)
+    full = rows.plan == "full"
+    assert (rows.loss[full] == 0).all() and (rows.loss[~full] > 0).any()
+    assert (rows.device_bytes[full] >= rows.device_bytes[rows.plan == "int4"]).all()
+    assert (rows.step_ms > 0).all() and Counter(rows.split) == {"train": 8, "select": 4, "gate": 4}
+    unknown = {name for name, x in zip(schema.NAMES, rows.state.T, strict=True) if np.isnan(x).all()}
+    assert unknown <= {"log2_question"} | {n for n in schema.ATTENTION}  # some prompts are too short for page mass
+    assert {"kl/int4", "device/int4", "host/int4", "step_ms/int4"} <= got["metrics"].keys()
+    assert table["probs"].to_pylist()[0] == [0.25] * 4
+
+    first = train(seed=0, out_dir=tmp_path / "a", tracking_uri=store)
+    assert registry.promote(first["run_id"], tracking_uri=store)["version"] == 1
+    second = train([got["run_id"]], seed=1, out_dir=tmp_path / "b", tracking_uri=store)
+    shown = compare(tracking_uri=store, out_dir=tmp_path)
+    assert [row["run_id"] for row in shown["rows"]] == [first["run_id"], second["run_id"]]
+    assert [row["champion"] for row in shown["rows"]] == [True, False]
+    assert Path(shown["plot"]).stat().st_size > 1000
+    assert registry.find_champion(None, store).name == "champion@1"
+
+
+COMMAND = """
+import sys
+from adaptivekv.cluster import collect
+collect.BATCH = 1
+collect.collect("mixed", 5, out=sys.argv[1], tracking_uri=sys.argv[2], plans={plans}, max_tokens=160, new_tokens=3)
+"""
+
+
+def test_kill_interrupt_resume(local_ray, store, tmp_path):
+    """SIGKILL leaves whole parts only; Ctrl-C keeps what is done; the end has every request once."""
+    out = tmp_path / "work"
+    command = [sys.executable, "-c", COMMAND.format(plans=PLANS), str(out), store]
+    environment = os.environ | {"RAY_ADDRESS": local_ray}
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("part-*.parquet")):
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(AdaptiveKVError, match="another collect"):
+            collect("mixed", 5, out=out, tracking_uri=store, **SMALL)
+    finally:
+        child.kill()
+        child.communicate()
+    killed = trajectories.read(out)  # every part is whole
+    assert 0 < len(set(killed["request_id"].to_pylist())) < 5 and killed.num_rows % 4 == 0
+
+    def stop(done: int, total: int) -> None:
+        if done == kept + 1:
+            raise KeyboardInterrupt
+
+    kept = len(set(killed["request_id"].to_pylist()))
+    if kept < 4:
+        with pytest.raises(AdaptiveKVError, match=f"stopped with {kept + 1} of 5 .* goes on"):
+            collect("mixed", 5, out=out, tracking_uri=store, progress=stop, **SMALL)
+        assert len(set(trajectories.read(out)["request_id"].to_pylist())) == kept + 1
+    with pytest.raises(AdaptiveKVError, match="seed differs"):
+        collect("mixed", 5, seed=1, out=out, tracking_uri=store, **SMALL)
+
+    got = collect("mixed", 5, out=out, tracking_uri=store, **SMALL)
+    assert got["requests"] == 5 and got["resumed"] >= kept
+    table = dataset.load([got["run_id"]], store)
+    pairs = Counter(zip(table["request_id"].to_pylist(), table["plan"].to_pylist(), strict=True))
+    assert len(pairs) == 20 and set(pairs.values()) == {1}
+    assert not [f for f in out.rglob("*") if f.suffix == ".tmp"]
+    mlflow = tracking.client(store)
+    runs = mlflow.search_runs([tracking.experiment_id(mlflow)], "attributes.run_name = 'mixed-5'")
+    assert Counter(run.info.status for run in runs) == {"FINISHED": 1, "FAILED": len(runs) - 1}
+
+    again = collect("mixed", 5, out=out, tracking_uri=store, **SMALL)  # nothing left to do
+    assert again["resumed"] == 5 and again["rows"] == 20
+
+
+def test_bad_model(local_ray, store, tmp_path):
+    with pytest.raises(AdaptiveKVError, match="nothing-here"):
+        collect("mixed", 1, model=str(tmp_path / "nothing-here"), out=tmp_path / "w", tracking_uri=store, **SMALL)
+    assert not list((tmp_path / "w").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("table: 2", "tabel: 2"), "kinds.tabel is not one of kinds; did you mean 'table'"),
+        (("prose: 3", "prose: -3"), "kinds.prose is -3"),
+        (("min: 300", "min: many"), "tokens.min is 'many'"),
+        (("quality: [0.003", "quality: [0.0"), r"quality\[0\] is 0.0"),
+        (("host: [0.0, 0.5, 2.0]", "host: 3"), "host is 3, not a list"),
+        (("name: mixed", ""), "name is missing"),
+        (("splits: {train", "splits: {trian"), "did you mean 'train'"),
+        (("pressure:", "presure:"), "presure is not a field; did you mean 'pressure'"),
+        (("quality: [", "quality: {"), "not YAML"),
+    ],
+)
+def test_bad_scenario(tmp_path, change, message):
+    assert change[0] in MIXED
+    file = tmp_path / "bad.yaml"
+    file.write_text(MIXED.replace(*change))
+    with pytest.raises(AdaptiveKVError, match=message) as caught:
+        collect(file, 1, out=tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_bad_arguments(tmp_path):
+    for wrong, message in (
+        ({"scenario": "mixd"}, "by name there are chat, long, mixed"), ({"requests": 0}, "requests is 0"),
+        ({"plans": ["int5"]}, "did you mean"), ({"max_tokens": 5}, "max_tokens is 5"),
+    ):  # fmt: skip
+        with pytest.raises(AdaptiveKVError, match=message):
+            collect(**({"requests": 1, "out": tmp_path / "out"} | wrong))
+    (tmp_path / "part-00000.parquet").write_bytes(b"")
+    with pytest.raises(AdaptiveKVError, match="parts of something else"):
+        collect(requests=1, out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixed", "long", "chat"])
+def test_draw(name):
+    """Repeatable, prefix-stable, no document in two splits, lengths within the bounds."""
+    mix = workload.load(name)
+    drawn = workload.draw(mix, 300, 7, 4000)
+    assert drawn[:20] == workload.draw(mix, 20, 7, 4000) and drawn != workload.draw(mix, 300, 8, 4000)
+    splits: dict[str, set[str]] = {}
+    for request in drawn + workload.draw(mix, 100, 8, 4000):  # of another seed as well
+        splits.setdefault(request.document, set()).add(request.split)
+        assert min(mix.tokens[0], 4000) <= request.tokens <= 4000
+    assert all(len(found) == 1 for found in splits.values())
+    assert {r.kind for r in drawn} == set(mix.kinds) and {r.split for r in drawn} == {"train", "select", "gate", "test"}
+
+
+def test_write(smol):
+    """Every kind writes the same prompt twice, of about the length asked for."""
+    mix = workload.load("mixed")
+    for request in {r.kind: r for r in workload.draw(mix, 60, 3, 900)}.values():
+        prompt = workload.write(request, smol.tokenizer)
+        assert prompt == workload.write(request, smol.tokenizer)
+        assert 0.75 * request.tokens <= len(prompt.ids) <= 1.1 * request.tokens + 60, request
+
+
+def test_record_is_of_the_champion():
+    """The packaged champion loads where there is no registry, and says how it was scored."""
+    found = registry.find_champion(None, "sqlite:////nowhere/mlflow.db")
+    assert found.name.startswith("train-") and found.manifest["metrics"]["select_cost"] > 0

@@ -1,0 +1,337 @@
+"""The server with the official client: one real server for the module, and the engine behind it without Ray."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from adaptivekv.engine.session import Options
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.model import LoadedModel
+from adaptivekv.selector import RuleTable
+
+pytest.importorskip("ray.serve")
+from adaptivekv.cluster.api import ChatRequest, Fault, Job
+from adaptivekv.cluster.app import build, serve
+from adaptivekv.cluster.conversations import Cut, Engine
+from adaptivekv.trainer import trajectories
+
+KEY = "secret"
+LAUNCH = """
+import sys
+from adaptivekv.cluster.app import serve
+sys.exit(serve("127.0.0.1", int(sys.argv[1]), api_key=sys.argv[2], trajectories=sys.argv[3], threads=1, queue=4))
+"""
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class Server:
+    """A server in a process of its own, and clients for it."""
+
+    def __init__(self, folder: Path):
+        self.trajectories, self.log = folder / "trajectories", folder / "log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-c", LAUNCH, str(self.port), KEY, str(self.trajectories)]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = self.as_client(KEY)
+
+    def as_client(self, key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def wait(self, seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while "serving smollm2" not in self.log.read_text():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.2)
+
+    def ask(self, messages: Any = FRANCE, **more: Any) -> Any:
+        create: Any = self.client.chat.completions.create
+        return create(**({"model": "smollm2", "messages": messages, "max_tokens": 12, "temperature": 0} | more))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("serve"))
+    try:
+        running.wait()
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.send_signal(signal.SIGTERM)
+            try:
+                running.process.wait(60)
+            except subprocess.TimeoutExpired:
+                running.process.kill()
+
+
+def text(answer: Any) -> str:
+    return answer.choices[0].message.content
+
+
+# -- the server, in this order: the last one stops it ------------------------------------------------------------------
+
+
+def test_models_and_health(server: Server) -> None:
+    assert [model.id for model in server.client.models.list()] == ["smollm2"]
+    assert server.client.models.retrieve("smollm2").owned_by == "adaptivekv"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "smollm2"}
+
+
+def test_chat_and_its_stream_say_the_same(server: Server) -> None:
+    whole = server.ask()
+    assert "Paris" in text(whole) and whole.choices[0].finish_reason == "stop"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    assert whole.kv["kv_bytes"]["device_peak"] > 0 and "text" not in whole.kv
+    chunks = list(server.ask(stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text(whole)
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].kv["plan"] == whole.kv["plan"] and chunks[-1].usage is None
+
+
+def test_stream_with_usage_and_parts(server: Server) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": FRANCE[0]["content"]}]}]
+    chunks = list(server.ask(parts, stream=True, stream_options={"include_usage": True}, max_completion_tokens=3))
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 3 and chunks[-1].kv
+    assert chunks[-2].choices[0].finish_reason == "length"
+
+
+def test_plain_completions_and_stop(server: Server) -> None:
+    create = server.client.completions.create
+    prompt: dict[str, Any] = {"model": "smollm2", "prompt": "One, two, three, four,", "temperature": 0}
+    plain = create(**prompt, max_tokens=8)
+    assert "five" in plain.choices[0].text
+    cut = create(**prompt, max_tokens=8, stop=[" six", "nothing"])
+    assert "five" in cut.choices[0].text and "six" not in cut.choices[0].text
+    assert cut.choices[0].finish_reason == "stop" and cut.usage.completion_tokens <= 8
+    streamed = "".join(chunk.choices[0].text for chunk in create(**prompt, max_tokens=8, stream=True))
+    assert streamed == plain.choices[0].text
+
+
+def test_a_session_keeps_its_cache(server: Server) -> None:
+    talk = [{"role": "user", "content": "The secret word is banana. Say OK."}]
+    more: dict[str, Any] = {"extra_headers": {"x-session-id": "words"}, "extra_body": {"plan": "full"}}
+    first = server.ask(talk, **more)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    talk += [{"role": "assistant", "content": text(first)}, {"role": "user", "content": "What is the secret word?"}]
+    second = server.ask(talk, **more)
+    assert "banana" in text(second)
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+    fresh = server.ask(talk, extra_body={"plan": "full"})
+    assert text(fresh) == text(second) and fresh.usage.prompt_tokens_details.cached_tokens == 0
+    other = server.ask(talk, extra_headers={"x-session-id": "words"}, extra_body={"plan": "int8"})
+    assert other.kv["plan"] == "int8" and other.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_plan_budget_and_quality(server: Server) -> None:
+    document = [{"role": "user", "content": "The whale swam north. " * 60 + "Where did it swim?"}]
+    small = server.ask(document, max_tokens=4, extra_body={"plan": "streaming(0.5) | int4", "budget": "6MiB"})
+    assert small.kv["plan"] == "streaming(0.5) | int4"
+    assert 0 < small.kv["kv_bytes"]["device_peak"] <= small.kv["kv_bytes"]["budget"] == 6 << 20
+    exact = server.ask(document, max_tokens=4, extra_body={"quality": 0})
+    assert exact.kv["plan"] in ("full", "offload(0.15)")
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "param", "words"),
+    [
+        ({"model": "gpt-5"}, openai.NotFoundError, "model", "'gpt-5' does not exist"),
+        ({"n": 2}, openai.BadRequestError, "n", "n=2"),
+        ({"logprobs": True}, openai.BadRequestError, "logprobs", "not supported"),
+        ({"extra_body": {"plan": "int8 | ofload(0.5)"}}, openai.BadRequestError, "plan", "position 8"),
+        ({"extra_body": {"budget": "6MiBs"}}, openai.BadRequestError, "budget", "64MiB"),
+        ({"extra_body": {"budget": 1000}}, openai.BadRequestError, "budget", "at least"),
+        ({"extra_body": {"qualty": 1}}, openai.BadRequestError, "qualty", "'quality'"),
+        ({"messages": []}, openai.BadRequestError, "messages", "at least 1"),
+        ({"messages": [{"role": "user", "content": " "}]}, openai.BadRequestError, "messages", "empty prompt"),
+        ({"messages": [{"role": "user", "content": "whale " * 9000}]}, openai.BadRequestError, "messages", "8192"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "greater than or equal to 1"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature", "less than or equal to 2"),
+    ],
+)
+def test_bad_requests(server: Server, more: dict[str, Any], kind: type, param: str, words: str) -> None:
+    with pytest.raises(kind) as caught:
+        server.ask(**more)
+    body: Any = caught.value.body  # type: ignore[attr-defined]
+    assert body["param"] == param and words in body["message"] and "\n" not in body["message"]
+    assert body["type"] == "invalid_request_error"
+
+
+def test_bad_bodies_and_keys(server: Server) -> None:
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        server.as_client("wrong").models.list()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    broken = httpx.post(f"{server.url}/v1/chat/completions", content="{", headers=headers)
+    assert broken.status_code == 400 and "JSON" in broken.json()["error"]["message"]
+    nowhere = httpx.get(f"{server.url}/v2/models", headers=headers)
+    assert nowhere.status_code == 404 and set(nowhere.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_requests_at_once(server: Server) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda i: text(server.ask(max_tokens=6, seed=i)), range(6)))
+    assert all("France" in answer for answer in answers) and len(set(answers)) == 1
+
+
+def test_overload_is_refused_politely(server: Server) -> None:
+    def one(_: int) -> Any:
+        try:
+            return text(server.ask(max_tokens=4))
+        except openai.RateLimitError as error:
+            return error
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(one, range(12)))
+    refused = [a for a in answers if not isinstance(a, str)]
+    assert 0 < len(refused) < 12
+    assert refused[0].response.headers["retry-after"] == "1" and refused[0].body["code"] == "rate_limit_exceeded"
+
+
+def test_health_during_a_generation_and_a_client_that_leaves(server: Server) -> None:
+    story = [{"role": "user", "content": "Tell a long story about a whale."}]
+    stream = server.ask(story, stream=True, max_tokens=4000, temperature=1, seed=1)
+    for _ in range(3):
+        next(stream)
+    begun = time.monotonic()
+    assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+    assert time.monotonic() - begun < 2
+    next(stream)  # it was still going
+    stream.close()
+    assert "Paris" in text(server.ask(timeout=20))  # 4000 tokens would take minutes
+
+
+def test_ctrl_c_ends_it_cleanly(server: Server) -> None:
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 0
+    assert server.log.read_text().splitlines() == [f"serving smollm2 on {server.url}/v1"]
+    rows = trajectories.read(server.trajectories).to_pylist()
+    assert {row["scenario"] for row in rows} == {"serve"} and all(row["label_loss"] is None for row in rows)
+    assert any(row["session_id"] == "words" for row in rows) and all(row["device_byte_s"] > 0 for row in rows)
+
+
+# -- before anything starts --------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_served_is_said_first(tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(AdaptiveKVError, match=rf"^port {port} on 127.0.0.1: address already in use; .*--port"):
+            serve(port=port)
+    for more, words in (
+        ({"port": 0}, "between 1 and 65535"),
+        ({"model": str(tmp_path / "none")}, "does not exist"),
+        ({"model": "smollm"}, "did you mean smollm2"),
+        ({"selector": str(tmp_path)}, "policy"),
+        ({"replicas": 0}, "replicas"),
+        ({"budget": "lots"}, "budget 'lots'"),
+        ({"device": "tpu"}, "unknown device"),
+        ({"trajectory": "x"}, "'trajectories'"),
+    ):
+        with pytest.raises(AdaptiveKVError, match=words) as caught:
+            serve(**({"port": port} | more))
+        assert "\n" not in str(caught.value)
+
+
+def test_build_takes_words() -> None:
+    build({"model": "smollm2", "replicas": "2", "quality": "0.1", "queue": "3"})
+
+
+# -- the engine, without Ray -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(smol: LoadedModel) -> Iterator[Engine]:
+    before = smol.model.config._attn_implementation
+    made = Engine(smol, Options(selector=RuleTable()), keep=1)
+    yield made
+    made.close()
+    smol.model.set_attn_implementation(before)
+
+
+async def run(engine: Engine, **more: Any) -> list[dict[str, Any]]:
+    asked: dict[str, Any] = {"id": "job", "messages": FRANCE, "max_tokens": 4, "temperature": 0.0}
+    job = Job(**(asked | more))
+    return [event async for event in engine.generate(job)]
+
+
+def test_an_engine_keeps_few_sessions(engine: Engine) -> None:
+    async def both() -> None:
+        await run(engine, session="a")
+        kept = engine.warm["a"]
+        await run(engine, session="b")
+        assert list(engine.warm) == ["b"] and not kept.tokens and kept.cache.pool is None
+        await run(engine)
+        assert list(engine.warm) == ["b"]
+
+    asyncio.run(both())
+
+
+def test_an_engine_changes_its_selector_in_place(engine: Engine, tmp_path: Path) -> None:
+    class Other(RuleTable):
+        name = "other"
+
+    async def change() -> None:
+        engine.defaults.selector = Other()
+        await run(engine, session="a")
+        (tmp_path / "policy.json").write_text("{}")
+        await engine.reconfigure(str(tmp_path))
+        assert engine.selector is not None and engine.selector.name == "other"
+        await engine.reconfigure("rules")
+        more = [*FRANCE, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Spain?"}]
+        events = await run(engine, session="a", messages=more)
+        kv = events[-1]["done"]["kv"]
+        assert [kv["decisions"][at]["selector"] for at in (0, -1)] == ["other", "rules"]
+
+    asyncio.run(change())
+
+
+def test_an_engine_stops_when_nobody_listens(engine: Engine) -> None:
+    async def leave() -> None:
+        events = engine.generate(Job("job", FRANCE, session="a", max_tokens=4000, seed=1))
+        assert "text" in await anext(events)
+        await events.aclose()  # type: ignore[attr-defined]
+        begun = time.monotonic()
+        again = await run(engine, session="a")  # the cache it left is whole
+        assert time.monotonic() - begun < 20
+        assert again[-1]["done"]["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        assert "".join(e.get("text", "") for e in again) == "".join(e.get("text", "") for e in await run(engine))
+
+    asyncio.run(leave())
+
+
+def test_a_bug_is_one_event_and_no_traceback(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_begin", lambda job: 1 / 0)
+    (event,) = asyncio.run(run(engine))
+    assert event["status"] == 500 and "Zero" not in event["error"]["message"]
+
+
+def test_stop_strings_across_pieces() -> None:
+    cut = Cut(("END", "nd of"))
+    assert [cut.push(piece) for piece in ("the E", "N", "d", " EN", "D!")] == ["the ", "", "ENd", " ", ""]
+    assert cut.hit
+    cut = Cut(("END",))
+    assert cut.push("an EN") == "an " and cut.waiting == "EN" and not cut.hit
+
+
+def test_neutral_values_pass() -> None:
+    body = {"model": "m", "messages": FRANCE, "n": 1, "tools": [], "user": "u", "logprobs": None, "top_p": 1}
+    assert ChatRequest.model_validate(body).to_job("id", None).max_tokens == 256
+    with pytest.raises(Fault, match="tools"):
+        ChatRequest.model_validate(body | {"tools": [{"type": "function"}]}).to_job("id", None)
