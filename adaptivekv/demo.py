@@ -31,6 +31,10 @@ KEYS = ["harbour", "lantern", "compass", "orchard", "chapel", "granary", "foundr
 DEPTHS = (0.15, 0.45, 0.85)
 QUALITY = 0.03  # nats per token
 ANSWER = 24  # tokens at most
+INTRO = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+    "I will quiz you about the numbers afterwards.\n\n"
+)
 FALLBACK = "k4v2 | offload(0.6)"  # the fixed plan where the champion's best one does not fit the budget
 
 
@@ -46,7 +50,7 @@ class Fact:
 
     @property
     def question(self) -> str:
-        return f"What is the special magic number for {self.key} mentioned in the text? Answer with the number."
+        return f"What is the special magic number for {self.key} mentioned in the text?"
 
 
 @dataclass
@@ -94,9 +98,8 @@ def run(
     with Live(console=console, refresh_per_second=4, transient=True) if console else _Silent() as live:
         reference: list[tuple[list[int], torch.Tensor, str]] | None = None
         for way in ways:
-            reference = (
-                ask(way, loaded, document, facts, reference, lambda: live.update(picture(ways, facts))) or reference
-            )
+            seen = ask(way, loaded, document, facts, reference, lambda: live.update(picture(ways, facts)))
+            reference = reference or seen  # the first way is the full cache
     if console:
         console.print(picture(ways, facts))
         verdict(console, ways, facts, control_right(control, facts))
@@ -162,7 +165,7 @@ def ask(
     start, memory = time.perf_counter(), ProcessMemory(loaded.device)
     session, messages, seen = Session(loaded, way.options), [], []
     for turn, fact in enumerate(facts):
-        content = fact.question if turn or document is None else f"{document}\n\n{fact.question}"
+        content = fact.question if turn or document is None else f"{INTRO}{document}\n\n{fact.question}"
         messages.append({"role": "user", "content": content})
         way.status = f"turn {turn + 1}: reading" if document else "no document"
         show()

@@ -164,7 +164,7 @@ def losses(loaded: LoadedModel, args: argparse.Namespace) -> tuple[dict[str, lis
     """Every plan replayed on `samples` prompts. The references come back freed, with tokens and logits."""
     out: dict[str, list[Any]] = {plan: [] for plan in PLANS}
     references = []
-    for sample in range(args.samples):
+    for sample in range(args.first, args.first + args.samples):
         full = reference(loaded, prompt(loaded, args.tokens, sample), args.new, stop=True)
         print(f"sample {sample}: {len(full.ids)} tokens read in {full.seconds:.0f} s: {full.text!r}", file=sys.stderr)
         for plan in PLANS:
@@ -176,20 +176,28 @@ def losses(loaded: LoadedModel, args: argparse.Namespace) -> tuple[dict[str, lis
     return out, references
 
 
+def amend(result: dict[str, Any], runs: dict[str, list[Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Take the losses of further prompts into an earlier result; its bytes stay."""
+    before = result["samples"]
+    for row in result["rows"]:
+        more = runs[row["plan"]]
+        row["kl_samples"] += [r.kl_mean for r in more]
+        row["kl"], row["kl_worst"] = (
+            float(np.mean(row["kl_samples"])),
+            max([row["kl_worst"], *(r.kl_worst for r in more)]),
+        )
+        row["flip_rate"] = (row["flip_rate"] * before + sum(r.flip_rate for r in more)) / (before + len(more))
+    return result | {"samples": before + args.samples, "command": f"{result['command']} && {command()}"}
+
+
+def command() -> str:
+    return "python -m experiments.footprint " + shlex.join(sys.argv[1:])
+
+
 def spawn(plan: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.footprint",
-        "--child",
-        plan,
-        "--work",
-        str(work),
-        "--device",
-        args.device,
-    ]
-    command += ["--threads", str(args.threads)]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+    line = [sys.executable, "-m", "experiments.footprint", "--child", plan, "--work", str(work)]
+    line += ["--device", args.device, "--threads", str(args.threads)]
+    done = subprocess.run(line, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
     got = json.loads(done.stdout)
     print(f"process {plan}: {got}", file=sys.stderr)
     return got
@@ -198,6 +206,8 @@ def spawn(plan: str, work: Path, args: argparse.Namespace) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     loaded = load(device=args.device)
     runs, references = losses(loaded, args)
+    if args.first:
+        return amend(json.loads(args.out.read_text()), runs, args)
     first = references[0]
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +248,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     cuda = loaded.device.type == "cuda"
     return {
         "what": __doc__.splitlines()[0] if __doc__ else "",
-        "command": "python -m experiments.footprint " + shlex.join(sys.argv[1:]),
+        "command": command(),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores, {args.threads} threads",
         "versions": {
@@ -309,6 +319,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6000, help="of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of its answer at most")
     parser.add_argument("--samples", type=int, default=2, help="prompts for the loss; memory is measured on the first")
+    parser.add_argument("--first", type=int, default=0, help="above 0: add the loss of prompts from this one to --out")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "footprint.json")

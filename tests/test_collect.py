@@ -20,17 +20,18 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("mlflow")
 
 from adaptivekv.cluster.collect import collect  # noqa: E402
+from adaptivekv.cluster.workers import ReplayWorker, connect  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PLANS = ["int4", "int2", "streaming(0.25)"]
-SMALL = {"plans": PLANS, "max_tokens": 160, "new_tokens": 3, "workers": 1}
+SMALL = {"plans": PLANS, "max_tokens": 260, "new_tokens": 3, "workers": 1}
 MIXED = (ROOT / "experiments" / "scenarios" / "mixed.yaml").read_text()
 
 
 @pytest.fixture(scope="module")
 def local_ray():
     """One Ray for all tests of this file; `collect` must leave it running."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    connect(ray, 2)
     yield ray.get_runtime_context().gcs_address
     assert ray.is_initialized()
     ray.shutdown()
@@ -78,7 +79,7 @@ COMMAND = """
 import sys
 from adaptivekv.cluster import collect
 collect.BATCH = 1
-collect.collect("mixed", 5, out=sys.argv[1], tracking_uri=sys.argv[2], plans={plans}, max_tokens=160, new_tokens=3)
+collect.collect("mixed", 5, out=sys.argv[1], tracking_uri=sys.argv[2], plans={plans}, max_tokens=260, new_tokens=3)
 """
 
 
@@ -89,7 +90,7 @@ def test_kill_interrupt_resume(local_ray, store, tmp_path):
     environment = os.environ | {"RAY_ADDRESS": local_ray}
     child = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not list(out.glob("part-*.parquet")):
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline
@@ -102,36 +103,34 @@ def test_kill_interrupt_resume(local_ray, store, tmp_path):
     killed = trajectories.read(out)  # every part is whole
     assert 0 < len(set(killed["request_id"].to_pylist())) < 5 and killed.num_rows % 4 == 0
 
-    def stop(done: int, total: int) -> None:
-        if done == kept + 1:
-            raise KeyboardInterrupt
-
     kept = len(set(killed["request_id"].to_pylist()))
-    if kept < 4:
-        with pytest.raises(AdaptiveKVError, match=f"stopped with {kept + 1} of 5 .* goes on"):
-            collect("mixed", 5, out=out, tracking_uri=store, progress=stop, **SMALL)
-        assert len(set(trajectories.read(out)["request_id"].to_pylist())) == kept + 1
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(AdaptiveKVError, match=f"stopped with {kept} of 5 .* goes on"):
+        collect("mixed", 5, out=out, tracking_uri=store, progress=stop, **SMALL)
     with pytest.raises(AdaptiveKVError, match="seed differs"):
         collect("mixed", 5, seed=1, out=out, tracking_uri=store, **SMALL)
 
     got = collect("mixed", 5, out=out, tracking_uri=store, **SMALL)
-    assert got["requests"] == 5 and got["resumed"] >= kept
+    assert got["requests"] == 5 and got["resumed"] == kept
     table = dataset.load([got["run_id"]], store)
     pairs = Counter(zip(table["request_id"].to_pylist(), table["plan"].to_pylist(), strict=True))
     assert len(pairs) == 20 and set(pairs.values()) == {1}
     assert not [f for f in out.rglob("*") if f.suffix == ".tmp"]
     mlflow = tracking.client(store)
     runs = mlflow.search_runs([tracking.experiment_id(mlflow)], "attributes.run_name = 'mixed-5'")
-    assert Counter(run.info.status for run in runs) == {"FINISHED": 1, "FAILED": len(runs) - 1}
+    assert Counter(run.info.status for run in runs) == {"FINISHED": 1, "FAILED": 2}
 
     again = collect("mixed", 5, out=out, tracking_uri=store, **SMALL)  # nothing left to do
     assert again["resumed"] == 5 and again["rows"] == 20
 
 
-def test_bad_model(local_ray, store, tmp_path):
-    with pytest.raises(AdaptiveKVError, match="nothing-here"):
-        collect("mixed", 1, model=str(tmp_path / "nothing-here"), out=tmp_path / "w", tracking_uri=store, **SMALL)
-    assert not list((tmp_path / "w").glob("*.parquet"))
+def test_bad_model(tmp_path):
+    """A worker says what is wrong, and `collect` says it on."""
+    fault = ReplayWorker(str(tmp_path / "nothing-here"), ("full",), 3).load()
+    assert fault and "nothing-here" in fault and "\n" not in fault
 
 
 @pytest.mark.parametrize(

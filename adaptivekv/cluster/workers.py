@@ -24,6 +24,7 @@ from adaptivekv.trainer import replay as replaying
 from adaptivekv.trainer import workload
 from adaptivekv.trainer.workload import Prompt, Request
 
+QUIET = ("RAY_USAGE_STATS_ENABLED=0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0")
 VERSION = "replay"  # of the policy that "chose": none did, every plan was run
 
 
@@ -181,11 +182,13 @@ def actors(count: int, model: str | None, plans: tuple[str, ...], new_tokens: in
 
 
 def connect(ray: Any, cpus: int) -> None:
-    """Quiet, without dashboard or reports. Threads that spin while they wait would stop each other: workers inherit."""
-    for name, value in {
-        "OMP_WAIT_POLICY": "PASSIVE", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"
-    }.items():  # fmt: skip
-        os.environ.setdefault(name, value)
+    """Quiet, without dashboard or reports.
+
+    Workers inherit the environment: threads that spin while they wait would stop each other, and Ray's niceness of 15
+    would let anything else on a busy machine stop them all.
+    """
+    for name in ("OMP_WAIT_POLICY=PASSIVE", "RAY_worker_niceness=0", *QUIET):
+        os.environ.setdefault(*name.split("="))
     address = os.environ.get("RAY_ADDRESS")
     local = {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False, "object_store_memory": 100 << 20}
     try:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adaptivekv.controller import DEFAULT_QUALITY, Controller
 from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.memory.formats import parse_bytes
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
 from adaptivekv.selector import Selector
 from adaptivekv.trainer.registry import find_champion
-from adaptivekv.trainer.replay import Budget, Reference, Replay, reference, replay
-from adaptivekv.trainer.tasks import TASKS, Task, make
+from adaptivekv.trainer.replay import Budget, Replay, reference, replay
+from adaptivekv.trainer.tasks import TASKS, make
 from adaptivekv.trainer.tasks import haystack as read_haystack
 
 ADAPTIVE = "adaptive"  # as a plan's name: the controller chooses
@@ -36,18 +36,19 @@ def evaluate(
     lengths: Sequence[int] = LENGTHS,
     samples: int = 8,
     seed: int = 0,
-    haystack: str | Path | None = None,
+    haystack: str | None = None,
     question_aware: bool = True,
     quality: float = DEFAULT_QUALITY,
     selector: Selector | str | None = None,
     budget: Budget = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One row a task, length and plan, over `samples` prompts; every prompt is read once for all plans.
 
-    plans: as `Plan.parse` reads them, or "adaptive": `selector` (None: the champion) under `quality`. haystack: a text
-    file. question_aware: the plan is applied to the whole prompt, else to the document before the question is read.
-    budget: device bytes a request, as for AdaptiveCache. progress(done, total, what) is called after every replay.
+    plans: as `Plan.parse` reads them, or "adaptive": `selector` (None: the champion) under `quality`. haystack: the
+    text that tasks are made of (None: the book). question_aware: the plan is applied to the whole prompt, else to the
+    document before the question is read. budget: device bytes a request, as for AdaptiveCache. progress(done, total)
+    is called after every replay.
 
     Rows have the keys `COLUMNS`: score 0 to 1 (greedy answers of up to 64 tokens), kl mean and kl_worst largest over
     all tokens (nats), bytes on the device (mean), kv_ratio = end / 16-bit cache of prompt and answer, seconds a
@@ -55,13 +56,14 @@ def evaluate(
     """
     plans, tasks, lengths = list(dict.fromkeys(plans)), list(dict.fromkeys(tasks)), list(dict.fromkeys(lengths))
     fixed = _check(loaded, plans, tasks, lengths, samples)
-    text = read_haystack(haystack)
+    budget = None if budget is None else parse_bytes(budget)
+    text = read_haystack() if haystack is None else haystack
     if ADAPTIVE in plans and (selector is None or isinstance(selector, str)):
         selector = find_champion(selector)
     rows, done, total = [], 0, len(plans) * len(tasks) * len(lengths) * samples
     for name in tasks:
         for length in lengths:
-            results: dict[str, list[tuple[Task, Reference, Replay]]] = {plan: [] for plan in plans}
+            results: dict[str, list[tuple[Replay, float, float]]] = {plan: [] for plan in plans}
             for i in range(samples):
                 task = make(name, length, loaded.tokenizer, 10_000 * seed + i, text)
                 document, question = task.ids(loaded.tokenizer)
@@ -70,11 +72,12 @@ def evaluate(
                 full = reference(loaded, document, NEW, None, question, stop=True, plans=tuple(fixed))
                 try:
                     for plan in plans:
-                        chosen = _controller(plan, selector, quality)
-                        results[plan].append((task, full, replay(full, chosen, budget, text=NEW)))
+                        run = replay(full, _controller(plan, selector, quality), budget, text=NEW)
+                        spent = full.seconds + run.apply_s + run.step_ms * len(run.kl) / 1e3
+                        results[plan].append((run, task.score(run.text or ""), spent))
                         done += 1
                         if progress:
-                            progress(done, total, f"{name} {length}: {plan}")
+                            progress(done, total)
                 finally:
                     full.free()
             rows += [_row(plan, name, length, results[plan]) for plan in plans]
@@ -115,25 +118,23 @@ def _check(
     return fixed
 
 
-def _row(plan: str, task: str, length: int, results: list[tuple[Task, Reference, Replay]]) -> dict[str, Any]:
-    runs = [run for _, _, run in results]
+def _row(plan: str, task: str, length: int, results: list[tuple[Replay, float, float]]) -> dict[str, Any]:
+    """results: of each sample the replay, the score and the seconds."""
+    runs = [run for run, *_ in results]
     losses = np.concatenate([run.kl for run in runs])
-    tokens = np.array([len(run.kl) for run in runs])
-    spent = [
-        full.seconds + run.apply_s + run.step_ms * n / 1e3 for (_, full, run), n in zip(results, tokens, strict=True)
-    ]
+    tokens = [len(run.kl) for run in runs]
     values = (
         plan,
         task,
         length,
         len(runs),
-        float(np.mean([made.score(run.text or "") for made, _, run in results])),
+        float(np.mean([score for _, score, _ in results])),
         float(losses.mean()),
         float(losses.max()),
-        float((np.array([run.flip_rate for run in runs]) * tokens).sum() / tokens.sum()),
+        float(np.average([run.flip_rate for run in runs], weights=tokens)),
         round(np.mean([run.device_bytes for run in runs])),
         round(np.mean([run.device_peak for run in runs])),
-        float(np.mean([run.device_bytes / full.full_bytes for _, full, run in results])),
-        float(np.mean(spent)),
+        float(np.mean([run.device_bytes / run.full_bytes for run in runs])),
+        float(np.mean([spent for _, _, spent in results])),
     )
     return dict(zip(COLUMNS, values, strict=True))

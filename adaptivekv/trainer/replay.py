@@ -79,6 +79,7 @@ class Replay:
     device_bytes: int
     host_bytes: int
     device_peak: int  # most held at once, the full cache before the plan was applied and staging included
+    full_bytes: int  # a 16-bit cache of prompt and tokens
     budget: int | None
     decisions: list[Decision]
     kl: list[float] = field(default_factory=list)  # token by token
@@ -221,11 +222,20 @@ class _Run:
         pool, sequence = self.cache.pool, self.request.sequence
         assert pool is not None
         return Replay(
-            str(self.request.plan), float(np.mean(losses)), max(losses), flips / len(losses),
-            1e3 * statistics.median(times) if times else 0.0, self.apply_s,
-            sequence.bytes(DEVICE), sequence.bytes(HOST),
-            pool.arena(DEVICE).peak + pool.staging_bytes, self.request.budget, list(self.request.decisions), losses,
-        )  # fmt: skip
+            plan=str(self.request.plan),
+            kl_mean=float(np.mean(losses)),
+            kl_worst=max(losses),
+            flip_rate=flips / len(losses),
+            step_ms=1e3 * statistics.median(times) if times else 0.0,
+            apply_s=self.apply_s,
+            device_bytes=sequence.bytes(DEVICE),
+            host_bytes=sequence.bytes(HOST),
+            device_peak=pool.arena(DEVICE).peak + pool.staging_bytes,
+            full_bytes=self.reference.full_bytes,
+            budget=self.request.budget,
+            decisions=list(self.request.decisions),
+            kl=losses,
+        )
 
     def free(self) -> None:
         self.cache.clear()

@@ -81,12 +81,12 @@ class Task:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    if not tokenizer.chat_template:
-        return tokenizer(text + "\n", verbose=False)["input_ids"]
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    special = not tokenizer.chat_template  # a template writes the special tokens itself
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    # not verbose: prompts are measured before they are cut to length
+    return tokenizer(text if not special else text + "\n", add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def make(name: str, tokens: int, tokenizer: Any, seed: int, haystack: str) -> Task:
@@ -97,6 +97,8 @@ def make(name: str, tokens: int, tokenizer: Any, seed: int, haystack: str) -> Ta
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1, 0.0)
         raise AdaptiveKVError(f"task {name!r}: unknown; did you mean {near[0]!r}? There are {', '.join(TASKS)}")
+    if not haystack.strip():
+        raise AdaptiveKVError("haystack: empty; give some text")
     return TASKS[name](_Desk(name, tokens, tokenizer, random.Random(f"{name} {tokens} {seed}"), haystack))
 
 
