@@ -99,7 +99,7 @@ class AdaptiveCache(Cache):
 
     @property
     def chunk(self) -> int:
-        """Prompt tokens per forward: a whole number of pages, at most an eighth of the budget's native tokens."""
+        """Prompt tokens per forward: a whole number of pages, at most a fifth of the budget in native tokens."""
         token = sum(s.slot_elements for s in self.shapes) * self.dtype.itemsize
         if self.budget is None or (self._expected is None and isinstance(self.budget, float)):
             return 256

@@ -217,26 +217,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     full_bytes, none = first.full_bytes, children.pop(NO_KV)["process_peak"]
     rows = []
     for plan, got in children.items():
-        own = got["process_peak"] - none
-        mine = runs[plan]
+        mine, kept = runs[plan], {key: value for key, value in got.items() if key not in ("process_peak", "host")}
+        loss = {
+            "kl": float(np.mean([r.kl_mean for r in mine])), "kl_worst": max(r.kl_worst for r in mine),
+            "flip_rate": float(np.mean([r.flip_rate for r in mine])), "kl_samples": [r.kl_mean for r in mine],
+        }  # fmt: skip
         rows.append(
-            {
-                "plan": plan,
-                "device_end": got["device_end"],
-                "host_end": got["host_end"],
-                "device_peak": got["device_peak"],
-                "budget": got["budget"],
-                "kv_ratio": got["device_end"] / full_bytes,
-                "kl": float(np.mean([r.kl_mean for r in mine])),
-                "kl_worst": max(r.kl_worst for r in mine),
-                "flip_rate": float(np.mean([r.flip_rate for r in mine])),
-                "kl_samples": [r.kl_mean for r in mine],
-                "kl_bounded": got["kl_bounded"],
-                "flips_bounded": got["flips_bounded"],
-                "process_kv": own,
-                "pressure": got["pressure"],
-                "prefill_s": got["prefill_s"],
-            }
+            kept | loss | {"kv_ratio": got["device_end"] / full_bytes, "process_kv": got["process_peak"] - none}
         )
     whole = rows[0]
     for row in rows:

@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 
 def collect(
-    scenario: str | Path | workload.Scenario = "mixed",
+    scenario: str | Path | workload.Scenario | None = None,
     requests: int = 40,
     plans: Sequence[str] | None = None,
     workers: int = 1,
@@ -50,8 +50,9 @@ def collect(
 ) -> dict[str, Any]:
     """Returns run_id, folder, requests, resumed, failed, rows, metrics and seconds.
 
-    scenario: a name in experiments/scenarios or a YAML file. plans: those to replay (default: the controller's
-    candidates); `full` is always among them. max_tokens, new_tokens: of a prompt, and of the answer it is judged by.
+    scenario: a name in experiments/scenarios (None: mixed) or a YAML file. plans: those to replay (default: the
+    controller's candidates); `full` is always among them. max_tokens, new_tokens: of a prompt, and of the answer it
+    is judged by.
     out: working folder, kept; by default one in the cache folder that is removed once MLflow has everything.
     resume: go on with what the folder holds; otherwise start it anew. progress(done, total) after every request.
     A request that cannot be replayed is skipped and listed in `failed`. Ctrl-C is an AdaptiveKVError as well.
@@ -62,7 +63,7 @@ def collect(
         if value < least[name]:
             raise AdaptiveKVError(f"collect: {name} is {value}; at least {least[name]}")
     model = str(Path(model).resolve()) if model and Path(model).is_dir() else model
-    mix = scenario if isinstance(scenario, workload.Scenario) else workload.load(scenario)
+    mix = scenario if isinstance(scenario, workload.Scenario) else workload.load(scenario or "mixed")
     names = tuple(dict.fromkeys(["full", *(str(Plan.parse(plan)) for plan in plans or CANDIDATES)]))
     drawn = workload.draw(mix, requests, seed, max_tokens)
     settings = {

@@ -163,7 +163,7 @@ def actors(count: int, model: str | None, plans: tuple[str, ...], new_tokens: in
         gpus = min(1.0, int(100 * have.get("GPU", 0) / count) / 100)
         environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}}
         kind = ray.remote(ReplayWorker).options(
-            num_cpus=1, num_gpus=gpus, max_restarts=2, max_task_retries=2, runtime_env=None if started else environment
+            num_cpus=1, num_gpus=gpus, max_restarts=2, runtime_env=None if started else environment
         )
         pool = [kind.remote(model, plans, new_tokens) for _ in range(count)]
         for fault in ray.get([worker.load.remote() for worker in pool]):
@@ -217,7 +217,9 @@ def replayed(pool: list[Any], requests: list[Request]) -> Iterator[tuple[Request
         try:
             found = ray.get(ready)
             idle.append(worker)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayActorError as error:
+            if isinstance(error, ray.exceptions.ActorUnavailableError):  # it is being restarted
+                idle.append(worker)
             waiting.append(request)
             continue
         except ray.exceptions.RayTaskError as error:
