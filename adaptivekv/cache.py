@@ -101,9 +101,8 @@ class AdaptiveCache(Cache):
     def chunk(self) -> int:
         """Prompt tokens per forward: a whole number of pages, at most a fifth of the budget in native tokens."""
         token = sum(s.slot_elements for s in self.shapes) * self.dtype.itemsize
-        if self.budget is None or (self._expected is None and isinstance(self.budget, float)):
-            return 256
-        return int(np.clip(self._budget_bytes(*(self._expected or (0, 0))) // 8 // token // PAGE * PAGE, PAGE, 512))
+        budget = self._budget_bytes(*(self._expected or (0, 0)))
+        return int(np.clip(budget // 5 // token // PAGE * PAGE, PAGE, 512)) if budget else 256
 
     def expect(self, prompt: int, new: int, facts: dict[str, float] | None = None) -> None:
         """Say before the first tokens how long prompt and answer will be, so that the budget can be resolved."""

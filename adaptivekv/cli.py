@@ -305,7 +305,7 @@ def plans(json_: Json = False) -> None:
     from adaptivekv.policies import STAGES
     from adaptivekv.policies.base import parameters
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": s.name, "direction": s.kind, "paper": s.paper, "needs": sorted(s.needs), "lossy": s.lossy,
             "undoable": s.undoable, "bytes": s.formula, "parameters": parameters(s),
@@ -336,7 +336,7 @@ def doctor(json_: Json = False) -> None:
 @app.command()
 def demo(
     file: Annotated[Path | None, typer.Option(help="a UTF-8 text of your own; default Moby-Dick")] = None,
-    tokens: Annotated[int, typer.Option(min=1000, help="tokens of the text to read")] = 4000,
+    tokens: Annotated[int, typer.Option(min=1000, help="tokens of the text to read")] = 3600,
     budget: Annotated[str, typer.Option()] = "0.25",
     seed: Annotated[int | None, typer.Option(help="draws the facts; default: a new one each run")] = None,
     model: Model = None,

@@ -27,13 +27,15 @@ from adaptivekv.selector import Selector
 from adaptivekv.trainer.registry import find_champion
 from adaptivekv.trainer.tasks import haystack
 
+OPENING = "In one sentence, what is this text about?"
 KEYS = ["harbour", "lantern", "compass", "orchard", "chapel", "granary", "foundry", "lighthouse", "vineyard", "armoury"]
 DEPTHS = (0.15, 0.45, 0.85)
 QUALITY = 0.03  # nats per token
-ANSWER = 24  # tokens at most
+ANSWER = 24  # tokens at most, about the fact
+SUMMARY = 12  # and about the text
 INTRO = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
-    "I will quiz you about the numbers afterwards.\n\n"
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n\n"
 )
 FALLBACK = "k4v2 | offload(0.6)"  # the fixed plan where the champion's best one does not fit the budget
 
@@ -51,6 +53,15 @@ class Fact:
     @property
     def question(self) -> str:
         return f"What is the special magic number for {self.key} mentioned in the text?"
+
+
+@dataclass
+class Turn:
+    """An answer: its tokens, the log-probabilities [n, V] behind them, its text."""
+
+    tokens: list[int]
+    logits: torch.Tensor
+    text: str
 
 
 @dataclass
@@ -83,29 +94,30 @@ def run(
     seed = secrets.randbelow(10**6) if seed is None else seed
     loaded, champion = load(model, device), find_champion(None)
     facts = draw(seed)
-    document = plant(text, facts, tokens, loaded, seed)
+    part = tokens // len(facts)
+    documents = [plant(text, fact, part, loaded, seed + i) for i, fact in enumerate(facts)]
     ways = [
         Way("full cache", Options(plan="full")),
-        Way("fixed plan", Options(budget, QUALITY, best_fixed(loaded, champion, tokens, budget))),
+        Way("fixed plan", Options(budget, QUALITY, best_fixed(loaded, champion, part, budget))),
         Way("adaptive", Options(budget, QUALITY, None, champion)),
     ]
     if console:
         console.print(
-            f"seed {seed}: {len(facts)} facts drawn at random, planted in {tokens} tokens of "
+            f"seed {seed}: {len(facts)} facts drawn at random, one in each of {len(facts)} parts of {part} tokens of "
             f"{file.name if file else 'Moby-Dick'}; budget {budget} of the full cache; {loaded.name} on {loaded.device}"
         )
-    control = ask(Way("no document", Options(plan="full")), loaded, None, facts, None, lambda: None)
+    control = [fact.number in alone(loaded, fact) for fact in facts]
     with Live(console=console, refresh_per_second=4, transient=True) if console else _Silent() as live:
-        reference: list[tuple[list[int], torch.Tensor, str]] | None = None
+        reference: list[Turn] | None = None
         for way in ways:
-            seen = ask(way, loaded, document, facts, reference, lambda: live.update(picture(ways, facts)))
+            seen = ask(way, loaded, documents, facts, reference, lambda: live.update(picture(ways, facts)))
             reference = reference or seen  # the first way is the full cache
     if console:
         console.print(picture(ways, facts))
-        verdict(console, ways, facts, control_right(control, facts))
+        verdict(console, ways, facts, sum(control))
     return {
         "seed": seed, "tokens": tokens, "budget": budget, "facts": [vars(f) for f in facts],
-        "control_right": control_right(control, facts),
+        "control_right": sum(control),
         "ways": [
             {
                 "name": w.name, "plan": w.plan,
@@ -125,21 +137,18 @@ def draw(seed: int) -> list[Fact]:
     ]
 
 
-def plant(text: str, facts: list[Fact], tokens: int, loaded: LoadedModel, seed: int) -> str:
-    """A stretch of the text, `tokens` long, with each fact's sentence at its depth, between sentences."""
+def plant(text: str, fact: Fact, tokens: int, loaded: LoadedModel, seed: int) -> str:
+    """A stretch of the text, `tokens` long with everything asked about it, the fact's sentence at its depth."""
     encode = loaded.tokenizer
-    start = random.Random(seed).randrange(max(1, len(text) - 8 * tokens)) if len(text) > 8 * tokens else 0
+    start = random.Random(seed).randrange(len(text) - 8 * tokens) if len(text) > 8 * tokens else 0
     start = text.find(". ", start) + 2 if start else 0
-    stretch = text[start : start + 8 * tokens]
-    ids = encode(stretch, verbose=False).input_ids[: tokens - 40 * len(facts)]
-    if len(ids) < tokens // 2:
-        raise AdaptiveKVError(f"text: only {len(ids)} tokens; the demo needs {tokens} (or a smaller --tokens)")
+    room = tokens - len(encode(INTRO + fact.sentence + OPENING + fact.question, verbose=False).input_ids) - 60
+    ids = encode(text[start : start + 8 * tokens], verbose=False).input_ids[:room]
+    if len(ids) < room // 2:
+        raise AdaptiveKVError(f"text: {len(ids)} tokens; the demo needs {room} a part (or a smaller --tokens)")
     stretch = encode.decode(ids)
-    for fact in sorted(facts, key=lambda f: -f.depth):
-        at = stretch.find(". ", int(fact.depth * len(stretch)))
-        at = len(stretch) if at < 0 else at + 1
-        stretch = stretch[:at] + fact.sentence + stretch[at:]
-    return stretch
+    at = stretch.find(". ", int(fact.depth * len(stretch))) + 1 or len(stretch)
+    return stretch[:at] + fact.sentence + stretch[at:]
 
 
 def best_fixed(loaded: LoadedModel, champion: Selector, tokens: int, budget: str) -> str:
@@ -153,71 +162,75 @@ def best_fixed(loaded: LoadedModel, champion: Selector, tokens: int, budget: str
     return plan if fits else FALLBACK
 
 
-def ask(
-    way: Way, loaded: LoadedModel, document: str | None, facts: list[Fact],
-    reference: list[tuple[list[int], torch.Tensor, str]] | None, show: Any,
-) -> list[tuple[list[int], torch.Tensor, str]]:  # fmt: skip
-    """A multi-turn session, one fact a turn; every way continues the conversation the full cache had.
+def alone(loaded: LoadedModel, fact: Fact) -> str:
+    """The control: the same question without the document."""
+    session = Session(loaded, Options(plan="full"))
+    text = "".join(session.answer([{"role": "user", "content": fact.question}], ANSWER))
+    session.close()
+    return text
 
-    The loss is KL(full || way) in nats per token, teacher-forced on the full cache's answer.
-    Returns per turn: answer tokens, the log-probabilities [n, V] behind them, text.
+
+def ask(
+    way: Way, loaded: LoadedModel, documents: list[str], facts: list[Fact], reference: list[Turn] | None, show: Any
+) -> list[Turn]:
+    """A conversation of two turns about each part: what it is about, then its fact.
+
+    Every way continues the conversation the full cache had. The loss is KL(full || way) in nats per token,
+    teacher-forced on the full cache's answer. Returns the turns in order.
     """
     start, memory = time.perf_counter(), ProcessMemory(loaded.device)
-    session, messages, seen = Session(loaded, way.options), [], []
-    for turn, fact in enumerate(facts):
-        content = fact.question if turn or document is None else f"{INTRO}{document}\n\n{fact.question}"
-        messages.append({"role": "user", "content": content})
-        way.status = f"turn {turn + 1}: reading" if document else "no document"
-        show()
-        logits, tokens, text = _turn(session, messages, reference[turn] if reference else None)
-        if session.cache.requests:
-            way.plan = str(session.cache.requests[0].plan)
-        if reference:
-            truth = reference[turn][1]
-            loss = (truth.exp() * (truth - logits)).sum(-1).clamp_min(0).mean()
-            way.losses.append(float(loss) if math.isfinite(float(loss)) else math.inf)
-        else:
-            way.losses.append(0.0)
-        seen.append((tokens, logits, text))
-        way.answers.append((text.strip(), fact.number in text))
-        history = reference[turn][2] if reference else text
-        messages.append({"role": "assistant", "content": history})
-        way.os_bytes = max(way.os_bytes, memory.peak())
-        way.result = _facts(session)
-        show()
+    seen: list[Turn] = []
+    for part, (document, fact) in enumerate(zip(documents, facts, strict=True)):
+        session, messages = Session(loaded, way.options), []
+        for content in (f"{INTRO}{document}\n\n{OPENING}", fact.question):
+            messages.append({"role": "user", "content": content})
+            way.status = f"part {part + 1}, turn {1 + len(messages) // 2}"
+            show()
+            target = reference[len(seen)] if reference else None
+            turn = _turn(session, messages, target, ANSWER if len(messages) > 1 else SUMMARY)
+            seen.append(turn)
+            truth = (target or turn).logits
+            loss = float((truth.exp() * (truth - turn.logits)).sum(-1).clamp_min(0).mean())
+            way.losses.append(loss if math.isfinite(loss) else math.inf)
+            messages.append({"role": "assistant", "content": (target or turn).text})
+            way.plan, way.os_bytes = str(session.cache.requests[0].plan), max(way.os_bytes, memory.peak())
+            _take(way, session, part)
+            show()
+        way.answers.append((turn.text.strip(), fact.number in turn.text))
+        session.close()
     way.status, way.seconds = "done", time.perf_counter() - start
-    session.close()
     show()
     return seen
 
 
-def _turn(
-    session: Session, messages: list[Message], reference: tuple[list[int], torch.Tensor, str] | None
-) -> tuple[torch.Tensor, list[int], str]:
-    """Read the prompt, measure on the reference's tokens without storing them, answer freely."""
-    if reference:
-        logits = session.score(messages, reference[0], ANSWER)
-        text = "".join(session.answer(messages, ANSWER))
-    else:
-        text = "".join(session.answer(messages, ANSWER))
-        tokens = session.last.tokens if session.last else []
-        logits = session.score(messages, tokens, ANSWER)
+def _turn(session: Session, messages: list[Message], target: Turn | None, limit: int) -> Turn:
+    """Read the prompt, measure on the target's tokens without storing them, answer freely."""
+    if target:
+        logits = session.score(messages, target.tokens, limit)
+        text = "".join(session.answer(messages, limit))
+        assert session.last is not None
+        return Turn(session.last.tokens, logits, text)
+    text = "".join(session.answer(messages, limit))
     assert session.last is not None
-    return logits, session.last.tokens, text
+    tokens = session.last.tokens
+    return Turn(tokens, session.score(messages, tokens, limit), text)
 
 
-def _facts(session: Session) -> dict[str, Any]:
+def _take(way: Way, session: Session, part: int) -> None:
+    """Keep the largest bytes of all parts and every decision that changed something."""
     (request,), report = session.cache.requests, session.cache.report()
-    return {
-        "budget": request.budget, "device_peak": report["device_peak"], "device_bytes": request.sequence.bytes(DEVICE),
-        "host_bytes": request.sequence.bytes(HOST), "decisions": report["requests"][0]["decisions"],
-        "decode_ms": report["decode_ms_per_step"], "prefill_s": report["prefill_s"],
-        "controller_us_per_step": report["controller_us_per_step"],
+    now = {
+        "budget": request.budget or 0, "device_peak": report["device_peak"],
+        "device_bytes": request.sequence.bytes(DEVICE), "host_bytes": request.sequence.bytes(HOST),
+        "decode_ms": report["decode_ms_per_step"], "controller_us_per_step": report["controller_us_per_step"],
     }  # fmt: skip
-
-
-def control_right(control: list[tuple[list[int], torch.Tensor, str]], facts: list[Fact]) -> int:
-    return sum(fact.number in text for (_, _, text), fact in zip(control, facts, strict=True))
+    decisions = way.result.get("decisions", [])
+    for d in report["requests"][0]["decisions"]:
+        entry = {"part": part + 1, **d}
+        same = [e for e in decisions if e["part"] == part + 1 and (e["moment"], e["plan"]) == (d["moment"], d["plan"])]
+        if not same:
+            decisions.append(entry)
+    way.result = {key: max(value, way.result.get(key, 0)) for key, value in now.items()} | {"decisions": decisions}
 
 
 def picture(ways: list[Way], facts: list[Fact]) -> Group:
@@ -225,7 +238,7 @@ def picture(ways: list[Way], facts: list[Fact]) -> Group:
 
     def size(way: Way, key: str) -> str:
         value = way.result.get(key)
-        return "-" if value is None else f"{value / 2**20:.1f} MiB"
+        return "-" if not value else f"{value / 2**20:.1f} MiB"
 
     table.add_row("status", *(f"{w.status} ({w.seconds:.0f} s)" if w.seconds else w.status for w in ways))
     table.add_row("plan", *(w.plan for w in ways))
@@ -245,12 +258,12 @@ def picture(ways: list[Way], facts: list[Fact]) -> Group:
                 cells.append(Text(f"{'right' if ok else 'WRONG'}: {text[:40]}", "green" if ok else "red"))
             else:
                 cells.append(Text("..."))
-        table.add_row(f"turn {i + 1}: {fact.key} = {fact.number}\n(depth {fact.depth:.0%})", *cells)
+        table.add_row(f"part {i + 1}: {fact.key} = {fact.number}\n(depth {fact.depth:.0%})", *cells)
     table.add_row("loss, nats/token", *(", ".join(f"{x:.4f}" for x in w.losses) or "-" for w in ways))
-    reasons = Table("way", "step", "when", "plan", "why", title="decisions")
+    reasons = Table("way", "part", "step", "when", "plan", "why", title="decisions")
     for way in ways[1:]:
         for d in way.result.get("decisions", []):
-            reasons.add_row(way.name, str(d["step"]), d["moment"], d["plan"], d["reason"])
+            reasons.add_row(way.name, str(d["part"]), str(d["step"]), d["moment"], d["plan"], d["reason"])
     return Group(table, reasons)
 
 
@@ -261,8 +274,8 @@ def verdict(console: Console, ways: list[Way], facts: list[Fact], control: int) 
         tail = f"wrong about {', '.join(wrong)}" if wrong else "all answers right"
         console.print(f"{way.name}: {tail}; mean loss {sum(way.losses) / len(way.losses):.4f} nats per token")
     console.print(
-        "Turns 2 and 3 ask about facts that the first question gave no reason to keep: a plan that evicts by the first "
-        "question loses them. On a CPU host, offloaded pages stay in the same RAM: the process falls less than the "
+        "The fact is asked for in the second turn; the first gave no reason to keep it, so a plan that evicts by the "
+        "first question loses it. On a CPU host, offloaded pages stay in the same RAM: the process falls less than the "
         "device bytes.",
         style="dim",
     )

@@ -1,5 +1,7 @@
 """The page pool under every order of operations: nothing leaks, nothing overlaps, nothing changes that must not."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -206,7 +208,7 @@ def test_arena_gives_room_of_one_size_to_another(seed):
                     arena.alloc(size, n)
         arena.check_integrity()
         spans = sorted((int(off), size) for offs, size in held for off in offs)
-        assert all(a + n <= b for (a, n), (b, _) in zip(spans, spans[1:], strict=False))
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans))
         assert arena.used == sum(size * len(offs) for offs, size in held)
 
 

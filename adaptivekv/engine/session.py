@@ -94,7 +94,7 @@ class Session:
             other = self.encode([*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + " x"}])
             ids = ids[: _common(ids, other)]
         self._check(len(ids), expect_new)
-        self._feed(ids, expect_new, "".join(m["content"] for m in messages), None)
+        self._feed(ids, expect_new, "".join(m["content"] for m in messages))
         self.cache.end_prefill()
 
     def answer(
@@ -106,7 +106,7 @@ class Session:
             raise AdaptiveKVError(f"max_new_tokens={max_new_tokens}: at least 1")
         limit = self._check(len(ids), max_new_tokens)
         prompt = len(ids)
-        logits = self._feed(ids, limit, "".join(m["content"] for m in messages), len(messages[-1]["content"]))
+        logits = self._feed(ids, limit, "".join(m["content"] for m in messages))
         stops = self._stops()
         out: list[int] = []
         text, reason = "", "length"
@@ -132,7 +132,7 @@ class Session:
         retrieves pages reads all of them here).
         """
         ids = self.encode(messages)
-        logits = self._feed(ids, expect_new, "".join(m["content"] for m in messages), len(messages[-1]["content"]))
+        logits = self._feed(ids, expect_new, "".join(m["content"] for m in messages))
         self.cache.end_prefill()
         rows = [logits[None]]
         if len(tokens) > 1:
@@ -157,14 +157,14 @@ class Session:
             raise AdaptiveKVError(f"prompt of {prompt} tokens: the model has {positions} positions; shorten it")
         return min(new, positions - prompt) if positions else new
 
-    def _feed(self, ids: list[int], new: int, text: str, question: int | None) -> torch.Tensor:
+    def _feed(self, ids: list[int], new: int, text: str) -> torch.Tensor:
         """Forward what the cache has not seen of `ids`, in chunks. Returns the last logits [V]."""
         common = min(_common(ids, self.tokens), len(ids) - 1)
         if common < len(self.tokens):  # the conversation was edited, or its answer re-encoded differently
             self.cache.truncate(common)
             del self.tokens[common:]
         if not self.cache.requests:
-            self.cache.expect(len(ids), new, text_features(text, ids, question))
+            self.cache.expect(len(ids), new, text_features(text, ids))
         step, logits = self.cache.chunk, None
         self.cache.reading = True
         for start in range(common, len(ids), step):

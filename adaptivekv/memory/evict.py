@@ -49,7 +49,7 @@ def evict(sequence: Sequence, layer: int, keep: np.ndarray) -> None:
 
 
 def _check_room(sequence: Sequence, layer: int, broken: np.ndarray, kinds: list, survivors: list) -> None:
-    """Raise ArenaFull before anything is given up, if the fresh pages could not be placed (shared pages free no room)."""
+    """Raise ArenaFull before anything is given up, if the fresh pages have no room (shared ones free none)."""
     pool = sequence.pool
     own = broken[pool.ref[broken] == 1]
     for fmt, tier in dict.fromkeys(kinds):

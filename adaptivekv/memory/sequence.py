@@ -214,7 +214,7 @@ class Sequence:
             yield ids[ids >= 0]
 
     def convert(self, layer: int, select: np.ndarray, fmt: Format) -> None:
-        """Re-encode the selected pages (bool like `ids[layer]`) in `fmt`. ArenaFull leaves a part of them as they were."""
+        """Re-encode the selected pages (bool like `ids[layer]`) in `fmt`; all but what ArenaFull prevents."""
         table = self.ids[layer]
         cells = np.flatnonzero((table >= 0) & select)
         where = dict(zip(table.flat[cells].tolist(), cells.tolist(), strict=True))
@@ -223,7 +223,7 @@ class Sequence:
             table.flat[[where[page] for page in group.tolist()]] = self.pool.convert(group, fmt)
 
     def move(self, layer: int, select: np.ndarray, tier: int) -> None:
-        """Bring the selected pages (bool like `ids[layer]`) to `tier`. ArenaFull leaves a part of them where they were."""
+        """Bring the selected pages (bool like `ids[layer]`) to `tier`; all but what ArenaFull prevents."""
         chosen = (self.ids[layer] >= 0) & select
         for sequence in self.pool.sequences:  # the pages may be shared
             sequence.touch(layer)

@@ -113,7 +113,7 @@ def reference(
     cache = AdaptiveCache(model, kv_dtype=dtype, controller=watch, max_tokens=total, host=0)
     if cache.positions and total > cache.positions:
         raise AdaptiveKVError(f"{total} tokens, answer included: the model has {cache.positions} positions; shorten it")
-    facts = text_features(loaded.tokenizer.decode(ids + question), ids + question, len(question) or None)
+    facts = text_features(loaded.tokenizer.decode(ids), ids)  # what is known when the plan is chosen
     cache.expect(len(ids) + len(question), new, facts)
     start = time.perf_counter()
     last = _feed(loaded, cache, ids, 0)
