@@ -147,17 +147,6 @@ class AdaptiveCache(Cache):
             if request.prefilling:
                 self.controller.end_prefill(request)
 
-    def branch(self, model: PreTrainedModel, controller: Controller) -> AdaptiveCache:
-        """A second cache over the same sealed pages, under its own controller; pages are copied when they change."""
-        other = AdaptiveCache(model, controller=controller, kv_dtype=self.dtype, pool=self.pool)
-        other.budget, other.seen = self.budget, self.seen
-        for mine in self.requests:
-            request = Request(mine.sequence.fork(), mine.prompt, mine.new, mine.budget, mine.full)
-            request.facts, request.turn, request.prefilling = dict(mine.facts), mine.turn, mine.prefilling
-            other.requests.append(request)
-            controller.admit(request)
-        return other
-
     def adopt(self, load: Callable[[PagePool], Sequence], length: int, new: int) -> None:
         """Take up a saved sequence of `length` tokens as this cache's only row; `load` reads it into the pool."""
         self.clear()
