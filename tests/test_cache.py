@@ -223,3 +223,24 @@ def test_ragged_heads_from_per_head_eviction():
             left = sequence.keys(layer, h).view(now.shape[1], -1, 16)[torch.from_numpy(now[h])]
             assert torch.equal(left, keys[h])
     cache.pool.check_integrity()
+
+
+@torch.no_grad()
+def test_embedded_model_with_full_plan_equals_dynamic_cache(smol):
+    """float32, a prompt in chunks, a second turn and single tokens, over several sealed pages."""
+    model = smol.model
+    ids = smol.tokenizer(
+        "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea. " * 20
+    ).input_ids
+    ids = torch.tensor([ids[:300]])
+    logits = []
+    for name in ("sdpa", "adaptivekv"):
+        cache = AdaptiveCache(model, plan="full") if name == "adaptivekv" else DynamicCache(config=model.config)
+        model.set_attn_implementation(name)
+        parts, at = [], 0
+        for n in (128, 100, 1, 1, 69, 1):
+            pos = torch.arange(at, at + n)[None]
+            parts.append(model(ids[:, at : at + n], position_ids=pos, past_key_values=cache).logits)
+            at += n
+        logits.append(torch.cat(parts, 1))
+    assert (logits[0] - logits[1]).abs().max() <= 1e-4
