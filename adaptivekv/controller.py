@@ -92,6 +92,7 @@ class Controller:
         self.plans = [Plan.parse(text) for text in candidates]
         self.names = [str(plan) for plan in self.plans]
         self.rows = np.stack([schema.row(p.features(), schema.PLAN_NAMES) for p in self.plans])
+        self.evicts = np.array([plan.stage("evict") is not None for plan in self.plans])
         self.epoch, self.epsilon = epoch, epsilon
         self.rng = np.random.default_rng(seed)
         self.seconds, self.steps = 0.0, 0  # spent deciding; decode steps seen
@@ -188,6 +189,8 @@ class Controller:
         loss = prediction.loss_high * 10**self.selector.margin
         cost = (device + KAPPA * host) * np.maximum(prediction.step_ms, 1e-3)
         good = allowed & (loss <= self.quality)
+        if self.selector.margin == 0 and (good & ~self.evicts).any():
+            good &= ~self.evicts  # no later decision repairs an eviction: only a certified selector may prefer one
         stay = self.plans.index(request.plan) if moment == "epoch" and request.plan in self.plans else None
         if good.any():
             best = int(np.argmin(np.where(good, cost, np.inf)))
