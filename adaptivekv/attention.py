@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from adaptivekv.kernels import PageBatch, attend_dense, merge, page_attention
+from adaptivekv.kernels import PageBatch, attend_dense, causal_attention, decode_kernels, merge, page_attention
 from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.memory.sequence import Sequence
 
 if TYPE_CHECKING:
     from adaptivekv.cache import AdaptiveCache
+    from adaptivekv.memory.tables import StepTables
 
 NAME = "adaptivekv"
 
@@ -49,12 +52,59 @@ def attention(
     Returns ([B, q, Hq, v_dim], None).
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, Staged):
+    if isinstance(key, Staged) and _step is not None:
+        out = _attend_step(query, key, scaling, softcap, s_aux)
+    elif isinstance(key, Staged):
         out = key.cache.attend(key, query, attention_mask, scaling, softcap, s_aux)
     else:
         assert isinstance(value, Tensor)
         out = _attend_tensors(query, key, value, attention_mask, scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
+
+
+_step: tuple[StepTables, bool] | None = None  # the tables of a decode step being captured, and whether it measures mass
+
+
+@contextmanager
+def decode_step(tables: StepTables, stats: bool) -> Iterator[None]:
+    """Within it, each layer's one new token a row is stored and attended through `tables`, without the host."""
+    global _step
+    _step = tables, stats
+    try:
+        yield
+    finally:
+        _step = None
+
+
+@torch.library.custom_op("adaptivekv::decode", mutates_args=())
+def _decode(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """Opaque to torch.compile. q [R, G, k_dim], k [R, k_dim], v [R, v_dim] -> out [R, G, v_dim], lse [R, G]."""
+    assert _step is not None
+    tables, stats = _step
+    table, kernels = tables.tables[layer], decode_kernels()
+    if stats or not tables.selections:  # a step that measures every page reads every page
+        mass = tables.mass[0][layer] if stats else None
+        return kernels.attend_table(q, table, scale, softcap or None, (k, v), mass)
+    picked = kernels.select_pages(q, table, tables.selections[layer])
+    return kernels.attend_table(q, picked, scale, softcap or None, (k, v))
+
+
+@_decode.register_fake
+def _decode_shape(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _attend_step(query: Tensor, staged: Staged, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """query [B, Hq, 1, k_dim] -> [B, Hq, 1, v_dim]."""
+    batch, q_heads = query.shape[:2]
+    heads, v_dim = staged.value.shape[1], staged.value.shape[3]
+    rows = batch * heads
+    out, lse = _decode(
+        query.reshape(rows, q_heads // heads, -1), staged.key.reshape(rows, -1), staged.value.reshape(rows, -1),
+        staged.layer, scale, softcap or 0.0,
+    )  # fmt: skip
+    out = out.view(batch, q_heads, 1, v_dim)
+    return out if sinks is None else _with_sinks(out, lse.view(batch, q_heads, 1), sinks).to(out.dtype)
 
 
 def padding_mask(
@@ -122,7 +172,7 @@ def attend_sequence(
     rows = q.reshape(heads, group * n, -1)  # query heads of a KV head together: [H, G * n, k_dim]
     pick = (
         sequence.retrieve.pick(sequence, layer, rows)
-        if sequence.retrieve and n == 1 and sequence.ids[layer].size
+        if sequence.retrieve and n == 1 and not stats and sequence.ids[layer].size
         else None
     )
     parts, measured = [], []
@@ -133,12 +183,8 @@ def attend_sequence(
             parts.append((out, lse))
             measured.append((page_lse, at))
     tail_k, tail_v = sequence.tail(layer)
-    t = tail_k.shape[1]
-    causal = None
-    if n > 1:
-        causal = torch.ones(n, t + n, dtype=torch.bool, device=q.device).tril(t).repeat(group, 1)
-    dense = attend_dense(
-        rows, torch.cat([tail_k.to(k.dtype), k], 1), torch.cat([tail_v.to(v.dtype), v], 1), scale, causal, softcap
+    dense = causal_attention(
+        rows, torch.cat([tail_k.to(k.dtype), k], 1), torch.cat([tail_v.to(v.dtype), v], 1), scale, n, softcap
     )
     out, lse = merge([*parts, dense]) if parts else dense
     for page_lse, at in measured:

@@ -16,6 +16,7 @@ from adaptivekv import attention as attention_room
 from adaptivekv.attention import Staged, attend_sequence
 from adaptivekv.controller import DEFAULT_QUALITY, Controller, Request, report
 from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.layers import AdaptiveLayer, layer_shapes
 from adaptivekv.memory.formats import FORMATS, parse_bytes
@@ -109,11 +110,9 @@ class AdaptiveCache(Cache):
         self._expected, self._facts = (prompt, new), facts or {}
 
     def observe_logits(self, logits: Tensor) -> None:
-        """Cheap signals of the last logits [B, V] for the next decision: entropy and margin."""
-        for request, row in zip(self.requests, logits.float().log_softmax(-1), strict=True):
-            top = row.topk(2).values.exp()
-            entropy = -(row.exp() * row.clamp_min(-1e4)).sum()
-            request.facts |= {"logit_entropy": float(entropy), "logit_margin": float(top[0] - top[1])}
+        """Keep the last logits [B, V]: the next decision, if one is due, takes their entropy and margin."""
+        for request, row in zip(self.requests, logits, strict=True):
+            request.logits = row
 
     def report(self) -> dict[str, Any]:
         """Plans and reasons, bytes per tier, peaks and time (docs/architecture.md)."""
@@ -204,6 +203,20 @@ class AdaptiveCache(Cache):
             self._end(q_len)
         return out
 
+    def begin_graph_step(self) -> bool:
+        """What a captured decode step needs of the host first. Returns whether it should measure page mass."""
+        self._started = time.perf_counter()
+        self._begin(len(self.requests), 1, None)
+        return any(self.controller.wants_mass(request) for request in self.requests)
+
+    def end_graph_step(self) -> None:
+        """The step's tokens lie in the tails and are counted: seal the full ones."""
+        for sequence in self.sequences:
+            if sequence.tail_len == PAGE:
+                sequence.seal()
+        self.seen += 1
+        self.seconds["decode"] += time.perf_counter() - self._started
+
     def _begin(self, rows: int, q_len: int, mask: Tensor | None) -> None:
         """First layer of a step: admit, decide, and make room for the pages this step will seal."""
         if mask is None:
@@ -212,7 +225,7 @@ class AdaptiveCache(Cache):
             self._valid = [slice(None) if bool(row.all()) else row.nonzero()[:, 0] for row in mask]
             self._new = mask.sum(1).tolist()
         if not self.requests:
-            self._admit(rows, self._new)
+            self.admit(rows, self._new)
         if len(self.requests) != rows:
             raise AdaptiveKVError(
                 f"batch of {rows} rows: this cache holds {len(self.requests)}; use one cache per batch"
@@ -243,7 +256,7 @@ class AdaptiveCache(Cache):
         kind = "prefill" if q_len > 1 else "decode"
         self.seconds[kind] += time.perf_counter() - self._started
 
-    def _admit(self, rows: int, new: list[int]) -> None:
+    def admit(self, rows: int, new: list[int]) -> None:
         """Resolve the budget, make the pool, open a sequence a row, take the provisional decision."""
         prompt, answer = self._expected or (max(new), self.max_new_tokens)
         if self.positions and prompt > self.positions:
@@ -297,7 +310,8 @@ class AdaptiveCache(Cache):
             facts = {"distinct_share": len(set(input_ids[0].tolist())) / max(1, prompt)}
             self.expect(prompt, max(1, config.max_length - prompt), facts | self._facts)
         config.prefill_chunk_size = self.chunk
-        return model._sample(input_ids, **kwargs)
+        runner = model if refused(self) else GraphDecoder(model, self)
+        return type(model)._sample(runner, input_ids, **kwargs)
 
 
 class _Frozen:

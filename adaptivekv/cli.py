@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from adaptivekv.bench.cli import app as bench
 from adaptivekv.errors import AdaptiveKVError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(bench, name="bench")
 err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, nothing else")]

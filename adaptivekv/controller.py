@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from adaptivekv.errors import BudgetError
 from adaptivekv.features import schema
 from adaptivekv.features.attention import attention_features
-from adaptivekv.features.request import request_features
+from adaptivekv.features.request import logit_features, request_features
 from adaptivekv.features.system import system_features
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
 from adaptivekv.memory.pages import DEVICE, HOST, PagePool
@@ -64,6 +65,7 @@ class Request:
     generated: int = 0
     turn: int = 0
     facts: dict[str, float] = field(default_factory=dict)  # text and logit features, from whoever sees them
+    logits: torch.Tensor | None = None  # the last ones [V], read only when a decision is due: that waits for the GPU
     decisions: list[Decision] = field(default_factory=list)
     kept: float = 1.0  # the smallest share an eviction stage has left
     evictor: str = ""  # the stage that left it
@@ -169,6 +171,8 @@ class Controller:
     def features(self, request: Request) -> dict[str, float]:
         """Everything a decision sees (features/schema.py)."""
         pool = request.sequence.pool
+        if request.logits is not None:
+            request.facts |= logit_features(request.logits)
         ratio = request.budget / request.full if request.budget else 1.0
         values = request_features(request.prompt, request.new, request.generated, request.turn, ratio, self.quality)
         values |= request.facts | attention_features(request.sequence)

@@ -52,14 +52,19 @@ def _spill(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
     missing = need - pool.arena(DEVICE).free_bytes
     sizes = [_sizes(sequence, layer) for layer in range(len(sequence.ids))]
     held = max(1, sum(int(size.sum()) for size in sizes))
+    chosen, total = [], 0
     for layer, size in enumerate(sizes):
         here, column = size > 0, size.sum(0)
         order = np.argsort(np.where(here, worth(sequence, layer), np.inf).min(0, initial=np.inf), kind="stable")
         ahead = np.cumsum(column[order]) - column[order]
         leave = np.zeros(len(column), bool)
         leave[order[ahead < math.ceil(missing * column.sum() / held)]] = True
-        if missing > 0 and size[:, leave].sum() <= pool.host_free:
-            sequence.move(layer, here & leave, HOST)
+        if total + int(column[leave].sum()) > pool.host_free:
+            leave[:] = False
+        total += int(column[leave].sum())
+        chosen.append(here & leave)
+    if missing > 0:
+        sequence.move(chosen, HOST)
 
 
 def _squeeze(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
@@ -71,14 +76,18 @@ def _squeeze(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
 
 
 def _demote(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
-    arena = sequence.pool.arena(DEVICE)
+    """Take bits from the settled pages, a format at a time and in each no more layers than it needs."""
+    pool = sequence.pool
     for name in ("int8", "int4r", "k4v2r", "int2r"):
         lowers = np.array([fmt.demotes(FORMATS[name]) for fmt in BY_CODE])
+        missing, chosen = need - pool.arena(DEVICE).free_bytes, []
         for layer, ids in enumerate(sequence.ids):
-            if arena.free_bytes >= need:
-                return
-            open_ = settled(sequence, layer, RECENT, 0) & (sequence.pool.tier[ids] == DEVICE)
-            sequence.convert(layer, open_ & lowers[sequence.pool.code[ids]], FORMATS[name])
+            open_ = settled(sequence, layer, RECENT, 0) & (pool.tier[ids] == DEVICE) & lowers[pool.code[ids]]
+            chosen.append(open_ & (missing > 0))
+            pages = ids[chosen[-1]]
+            own = pool.ref[pages] == 1  # a shared page is copied and frees nothing
+            missing -= int(pool.sizes(pages[own]).sum()) - len(pages) * pool.page_bytes(layer, FORMATS[name])
+        sequence.convert(chosen, FORMATS[name])
 
 
 def _evict_oldest(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
@@ -86,24 +95,27 @@ def _evict_oldest(sequence: Sequence, plan: Plan, early: bool, need: int) -> Non
     arena, pool = sequence.pool.arena(DEVICE), sequence.pool
     while arena.free_bytes < need:
         before = arena.free_bytes
+        oldest = []
         for layer, ids in enumerate(sequence.ids):
             open_ = settled(sequence, layer, RECENT, 4) & (pool.tier[ids] == DEVICE)
-            sequence.drop(layer, open_ & (np.cumsum(open_, axis=1) == 1))
+            oldest.append(open_ & (np.cumsum(open_, axis=1) == 1))
+        sequence.drop(oldest)
         if arena.free_bytes == before:
             return
 
 
 def bring_back(sequence: Sequence, spare: int) -> None:
     """Host pages return to the device while that leaves `spare` bytes free, layer by layer."""
-    pool = sequence.pool
+    room, back = sequence.pool.arena(DEVICE).free_bytes - spare, []
     for layer in range(len(sequence.ids)):
         away = _sizes(sequence, layer, HOST)
-        if away.any() and away.sum() <= pool.arena(DEVICE).free_bytes - spare:
-            sequence.move(layer, away > 0, DEVICE)
+        fits = away.sum() <= room
+        room -= int(away.sum()) * fits
+        back.append((away > 0) & fits)
+    sequence.move(back, DEVICE)
 
 
 def _sizes(sequence: Sequence, layer: int, tier: int = DEVICE) -> np.ndarray:
     """Bytes of each page on `tier`, 0 elsewhere: [H, P]."""
     pool, ids = sequence.pool, sequence.ids[layer]
-    table = np.array([pool.page_bytes(layer, fmt) for fmt in BY_CODE])
-    return np.where((ids >= 0) & (pool.tier[ids] == tier), table[pool.code[ids]], 0)
+    return np.where((ids >= 0) & (pool.tier[ids] == tier), pool.sizes(ids), 0)

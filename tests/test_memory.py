@@ -1,5 +1,6 @@
 """The page pool under every order of operations: nothing leaks, nothing overlaps, nothing changes that must not."""
 
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from adaptivekv.errors import CacheFileError
 from adaptivekv.memory import store
 from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds
-from adaptivekv.memory.evict import evict
+from adaptivekv.memory.evict import evict_all
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.pages import DEVICE, HOST, LayerShape, PagePool
 from adaptivekv.memory.sequence import Sequence
@@ -91,42 +92,40 @@ class Memory(RuleBasedStateMachine):
     def convert(self, data, name, share):
         sequence = data.draw(st.sampled_from(self.pool.sequences))
         self.lossless.pop(id(sequence), None)
-        for layer, ids in enumerate(sequence.ids):
-            lower = np.array([f.demotes(FORMATS[name]) for f in FORMATS.values()])[self.pool.code[ids]]
-            try:
-                sequence.convert(layer, lower & (self.rng.random(ids.shape) < share), FORMATS[name])
-            except ArenaFull:
-                assert any(self.pool.ref[ids[ids >= 0]] > 1), "only a shared page may need new room"
+        lower = np.array([f.demotes(FORMATS[name]) for f in FORMATS.values()])
+        chosen = [lower[self.pool.code[ids]] & (self.rng.random(ids.shape) < share) for ids in sequence.ids]
+        shared = any((self.pool.ref[ids] > 1).any() for ids in sequence.pages())
+        try:
+            sequence.convert(chosen, FORMATS[name])
+        except ArenaFull:
+            assert shared, "only a shared page may need new room"
 
     @precondition(lambda self: any(s.length for s in self.pool.sequences))
     @rule(data=st.data(), tier=st.sampled_from([DEVICE, HOST]), share=st.floats(0, 1))
     def move(self, data, tier, share):
         sequence = data.draw(st.sampled_from(self.pool.sequences))
-        for layer, ids in enumerate(sequence.ids):
-            try:
-                sequence.move(layer, self.rng.random(ids.shape) < share, tier)
-            except ArenaFull:
-                return
+        with suppress(ArenaFull):
+            sequence.move([self.rng.random(ids.shape) < share for ids in sequence.ids], tier)
 
     @precondition(lambda self: any(s.length for s in self.pool.sequences))
     @rule(data=st.data(), share=st.floats(0, 1))
     def evict(self, data, share):
         sequence = data.draw(st.sampled_from(self.pool.sequences))
         before = content(sequence)
-        native = all((self.pool.code[ids] == 0).all() for ids in sequence.pages())
-        for layer in range(len(SHAPES)):
+        keep = [self.rng.random((*ids.shape, 64)) < share for ids in sequence.ids]
+        if data.draw(st.booleans()):  # whole pages stay
+            keep = [k | (self.rng.random(k.shape[:2]) < 0.5)[..., None] for k in keep]
+        expected = {key for key in before if key[2] in sequence.tail_pos[: sequence.tail_len]}
+        for layer, k in enumerate(keep):
             used, pos = sequence.slots(layer)
-            keep = self.rng.random(used.shape) < share
-            expected = {(layer, h, int(p)) for h in range(len(used)) for p in pos[h][used[h] & keep[h]]}
-            try:
-                evict(sequence, layer, keep)
-            except ArenaFull:
-                continue
-            used, pos = sequence.slots(layer)
-            assert {(layer, h, int(p)) for h in range(len(used)) for p in pos[h][used[h]]} == expected
-        if native:
-            after = content(sequence)
-            same(after, {key: before[key] for key in after})
+            expected |= {(layer, h, int(p)) for h in range(len(used)) for p in pos[h][used[h] & k[h]]}
+        try:
+            evict_all(sequence, keep)
+            assert content(sequence).keys() == expected
+        except ArenaFull:
+            assert any((self.pool.ref[ids] > 1).any() for ids in sequence.pages()), "own pages leave room enough"
+        after = content(sequence)
+        same(after, {key: before[key] for key in after})  # in every format: nothing is quantised again
         if id(sequence) in self.lossless:
             self.lossless[id(sequence)] = content(sequence)
 
@@ -229,12 +228,79 @@ def test_compaction_makes_one_run_and_moves_no_region():
     p.check_integrity()
 
 
+def test_sealing_a_full_tail_equals_appending_it():
+    plain, sealed = Sequence(pool()), Sequence(pool())
+    for sequence in (plain, sealed):
+        feed(sequence, 100)
+        sequence.drop(
+            [np.eye(1, ids.shape[1], dtype=bool) & (np.arange(len(ids)) == 1)[:, None] for ids in sequence.ids]
+        )
+    feed(plain, 28, seed=7)
+    generator, pos = torch.Generator().manual_seed(7), np.arange(100, 128)
+    for layer, s in enumerate(SHAPES):  # what a CUDA graph does: the tail is full before anybody seals it
+        for tail, dim in ((sealed.tail_k, s.k_dim), (sealed.tail_v, s.v_dim)):
+            tail[layer][:, 36:] = torch.randn(s.heads, 28, dim, generator=generator)
+    sealed.tail_pos[36:], sealed.tail_len, sealed.length = pos, 64, 128
+    sealed.seal()
+    same(content(sealed), content(plain))
+    assert sealed.tail_len == 0 and sealed.bytes() == plain.bytes()
+    sealed.pool.check_integrity()
+
+
+def test_a_sequence_without_room_to_seal_keeps_its_tail():
+    p = pool(device_bytes=Sequence.fixed_bytes(SHAPES, torch.float32, 0) + 20_000)
+    sequence = Sequence(p)
+    sequence.tail_len, sequence.tail_pos, used = 64, np.arange(64, dtype=np.int32), p.device_used
+    with pytest.raises(ArenaFull):
+        sequence.seal()
+    assert (sequence.tail_len, p.device_used) == (64, used) and not any(ids.size for ids in sequence.ids)
+    sequence.free()
+    p.check_integrity()
+
+
+@pytest.mark.parametrize("name", ["native", "int8", "int4r", "k4v2r", "int2"])
+def test_a_full_arena_still_converts_and_evicts(name):
+    """Without any room beside the pages, changes go wave by wave, and in whatever order positions interleave."""
+    p = pool(device_bytes=260_000)
+    sequence = Sequence(p)
+    while sequence.columns_needed(64) * p.column_bytes(FORMATS["native"]) <= p.arena(DEVICE).free_bytes:
+        feed(sequence, 64, sequence.length)
+    rest, size = [], 256
+    while p.arena(DEVICE).free_bytes >= size:
+        rest.append(p.region(size)[0])
+    assert p.arena(DEVICE).free_bytes == 0
+    if name != "native":
+        sequence.convert([np.ones(ids.shape, bool) for ids in sequence.ids], FORMATS[name])
+    rng = np.random.default_rng(0)
+    for _ in range(3):  # every other page broken at first: survivors of its neighbours meet
+        before = content(sequence)
+        keep = [rng.random((*ids.shape, 64)) < 0.6 for ids in sequence.ids]
+        for mask in keep:
+            mask[:, ::2] = True
+        expected = set()
+        for layer, k in enumerate(keep):
+            used, pos = sequence.slots(layer)
+            expected |= {(layer, h, int(q)) for h in range(len(used)) for q in pos[h][used[h] & k[h]]}
+        evict_all(sequence, keep)
+        after = content(sequence)
+        assert after.keys() == expected
+        same(after, {key: before[key] for key in after})
+        for layer in range(len(SHAPES)):
+            used, pos = sequence.slots(layer)
+            for page_used, page_pos in zip(used.reshape(-1, 64), pos.reshape(-1, 64), strict=True):
+                assert (np.diff(page_pos[page_used]) > 0).all(), "a page is out of order"
+        p.check_integrity()
+    for offset in rest:
+        p.free_region(offset)
+
+
 def test_save_and_load_bit_for_bit(tmp_path):
     p = pool()
     sequence = Sequence(p, window=8)
     feed(sequence, 300)
-    sequence.convert(0, sequence.ids[0] >= 0, FORMATS["k4v2r"])
-    sequence.move(1, np.arange(sequence.ids[1].shape[1])[None] < 2, HOST)
+    first, second = (np.ones(ids.shape, bool) for ids in sequence.ids)
+    sequence.convert([first, ~second], FORMATS["k4v2r"])
+    sequence.move([~first, second & (np.arange(second.shape[1]) < 2)], HOST)
     sequence.protected = [(3, 9)]
     store.save(sequence, tmp_path / "cache")
     other = store.load(pool(), tmp_path / "cache")

@@ -17,6 +17,7 @@ from adaptivekv.controller import DEFAULT_QUALITY, Controller
 from adaptivekv.engine.sampling import Sampler
 from adaptivekv.errors import AdaptiveKVError, CacheFileError
 from adaptivekv.features.request import text_features
+from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.memory import store
 from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.model import LoadedModel
@@ -38,6 +39,7 @@ class Options:
     kv_dtype: torch.dtype | None = None  # None: 16 bits, whatever the model computes in
     epsilon: float = 0.0
     seed: int = 0
+    graphs: bool = True  # replay decode steps as CUDA graphs where that is possible
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Session:
         self.loaded, self.options = loaded, options or Options()
         self.tokens: list[int] = []  # whose keys and values the cache has seen
         self.cache = self._new_cache()
+        graphs = self.options.graphs and not refused(self.cache)
+        self.model = GraphDecoder(loaded.model, self.cache) if graphs else loaded.model
         self.last: Answer | None = None
 
     def _new_cache(self) -> AdaptiveCache:
@@ -176,8 +180,8 @@ class Session:
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor:
         device, at = self.loaded.device, len(self.tokens)
-        out = self.loaded.model(
-            torch.tensor([ids], device=device),
+        out = self.model(
+            input_ids=torch.tensor([ids], device=device),
             past_key_values=self.cache,
             position_ids=torch.arange(at, at + len(ids), device=device)[None],
             logits_to_keep=1,

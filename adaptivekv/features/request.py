@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 
 def text_features(text: str, tokens: Sequence[int], question_tokens: int | None = None) -> dict[str, float]:
     """What kind of text a prompt is: shares of its characters, variety of its tokens, length of its question."""
@@ -18,6 +20,15 @@ def text_features(text: str, tokens: Sequence[int], question_tokens: int | None 
     if question_tokens is not None:
         out["log2_question"] = math.log2(1 + question_tokens)
     return out
+
+
+def logit_features(logits: torch.Tensor) -> dict[str, float]:
+    """How sure the model was of its last token: entropy in nats, and the margin of the best two, of logits [V]."""
+    logs = logits.float().log_softmax(-1)
+    top = logs.topk(2).values.exp()
+    entropy = -(logs.exp() * logs.clamp_min(-1e4)).sum()
+    entropy, margin = torch.stack([entropy, top[0] - top[1]]).tolist()  # one wait for both
+    return {"logit_entropy": entropy, "logit_margin": margin}
 
 
 def request_features(

@@ -2,9 +2,11 @@
 
 import importlib
 import os
-from collections.abc import Callable
+import warnings
 from functools import lru_cache
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from adaptivekv.kernels.attend import PageBatch, attend_dense, attend_pages, merge
@@ -19,9 +21,12 @@ __all__ = [
     "PageBatch",
     "attend_dense",
     "attend_pages",
+    "causal_attention",
+    "decode_kernels",
     "hadamard",
     "merge",
     "page_attention",
+    "triton_works",
 ]
 
 
@@ -33,23 +38,55 @@ def page_attention(
     stats: bool = False,
     block_pages: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`attend_pages` by the fastest means at hand: Triton for up to 16 query rows on a GPU, else torch.
+    """`attend_pages` by the fastest means at hand: Triton on a GPU, else torch.
 
     Arguments and results are those of `attend_pages`. Setting the environment variable ADAPTIVEKV_TRITON=0 before the
     first call keeps to torch, and so does a missing Triton.
     """
-    kernel = _triton() if q.is_cuda and q.shape[1] <= 16 else None
-    if kernel is not None and batch.count.numel():
-        return kernel(q, batch, scale, softcap, stats)
+    whole = all(c.native or d * c.bits % 16 == 0 for c, d in ((batch.k, batch.k_dim), (batch.v, batch.v_dim)))
+    if q.is_cuda and batch.count.numel() and whole and triton_works():
+        if q.shape[1] <= 16:
+            return _module("decode").attend_pages_triton(q, batch, scale, softcap, stats)
+        return _module("prefill").prefill_pages_triton(q, batch, scale, softcap, stats)
     return attend_pages(q, batch, scale, softcap, stats, block_pages)
 
 
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, n: int, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The last n tokens attend to those before them and, causally, to each other.
+
+    q: [H, G * n, k_dim], the n tokens of each query head together; k: [H, t + n, k_dim]; v: [H, t + n, v_dim].
+    Returns out [H, G * n, v_dim] and lse [H, G * n], float32.
+    """
+    if n > 1 and q.is_cuda and triton_works():
+        return _module("prefill").prefill_causal(q, k, v, scale, n, softcap)
+    mask = None
+    if n > 1:
+        mask = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - n)
+        mask = mask.repeat(q.shape[1] // n, 1)
+    return attend_dense(q, k, v, scale, mask, softcap)
+
+
 @lru_cache
-def _triton() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]] | None:
-    """The Triton kernel, imported at first use: importing it fixes whether Triton interprets or compiles."""
+def triton_works() -> bool:
+    """Whether the Triton kernels can be used; where not, says once what runs instead."""
     if os.environ.get("ADAPTIVEKV_TRITON") == "0":
-        return None
+        return False
     try:
-        return importlib.import_module("adaptivekv.kernels.decode").attend_pages_triton
-    except ImportError:
-        return None
+        _module("decode")
+    except ImportError as error:
+        warnings.warn(f"Triton is missing ({error}): attention runs in plain torch, several times slower", stacklevel=2)
+        return False
+    return True
+
+
+def decode_kernels() -> ModuleType:
+    """`adaptivekv.kernels.decode`, for callers that may not import Triton themselves."""
+    return _module("decode")
+
+
+@lru_cache
+def _module(name: str) -> ModuleType:
+    """A module of kernels, imported at first use: importing it fixes whether Triton interprets or compiles."""
+    return importlib.import_module(f"adaptivekv.kernels.{name}")

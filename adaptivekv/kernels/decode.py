@@ -1,17 +1,21 @@
-"""Decode attention over pages in Triton: the GPU twin of `attend_pages` for up to 16 query rows per KV head.
+"""Decode attention over a `PageTable` in Triton, and the plain-torch reference of the same signature.
 
-One program takes one KV head and every S-th of its pages, all query rows of the head packed into one `tl.dot`; a second
-kernel merges the S partial results. Packed levels are unpacked into 2 or 4 slices of the head dimension, one dot each.
-Scales and zeros never touch the elements: keys' are applied to the scores, values' to the probabilities.
-Shapes alone decide the grid, nothing synchronises, so a launch can be captured in a CUDA graph.
+One program takes one item: a run of pages of one KV head in one format, all query rows of the head packed into one
+`tl.dot`. Packed levels are unpacked into slices of the head dimension, one product each; scales and zeros never touch
+the elements: keys' are applied to the scores, values' to the probabilities. A second kernel merges a row's parts and
+turns the log-sum-exp of its pages into the attention each received. Shapes alone decide the grids and nothing
+synchronises, so the launches can be captured in a CUDA graph while the table's contents change between replays.
 
 Under TRITON_INTERPRET=1 (set before this module is imported) the kernels run on CPU tensors.
 """
 
+import dataclasses
 import functools
 import math
 import os
+from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -19,17 +23,107 @@ from torch import Tensor
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.attend import PageBatch
-from adaptivekv.kernels.codec import PAGE, UNIT, Codec
-from adaptivekv.kernels.hadamard import hadamard
-from adaptivekv.kernels.splitkv import merge_kernel, split_kernel
+from adaptivekv.kernels.codec import PAGE, UNIT
+from adaptivekv.kernels.hadamard import signs
+from adaptivekv.kernels.select import select_pages
+from adaptivekv.kernels.splitkv import merge_kernel, prepare_kernel, split_kernel
+from adaptivekv.kernels.table import ROTATED, Launch, PageTable, share
+
+__all__ = ["attend_pages_triton", "attend_table", "occupancy", "select_pages"]
 
 ROWS = 16
 """Most query rows per KV head; fewer are padded to it, the smallest tile of a tensor-core product."""
 
+_SIGNS = 128 * 128  # elements of the rotation held in registers at once
+_MEASURED = 64  # pages whose mass one program works out
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if _INTERPRETED:
     _TYPES[torch.bfloat16] = tl.float32  # the interpreter multiplies bfloat16 bit patterns as integers
+
+
+def attend_table(
+    q: Tensor,
+    table: PageTable,
+    scale: float,
+    softcap: float | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
+    mass: Tensor | None = None,
+    page_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend every query row to every slot of the row's pages.
+
+    q: [R, M, k_dim], M <= 16 query rows per KV head, not rotated; scale multiplies the scores; softcap: scores become
+    softcap * tanh(scores / softcap). new: keys [R, k_dim] and values [R, v_dim] of the token itself, stored first in
+    slot `tails - 1` of the row's open tail, which is column 0. A statistics step also fills page_lse, float32
+    [R, C, M], the log-sum-exp of each page (a page without slots: left alone), and turns it into mass, float32 [R, C],
+    the running average of the attention each page received (-1: none yet), in place.
+    Returns out [R, M, v_dim] in q's dtype and lse [R, M] float32. Products run in the native dtype for native parts
+    and in float16 for packed ones (float32 if the native dtype is). Raises AdaptiveKVError for more than 16 rows.
+    """
+    rows, m, k_dim = q.shape
+    if m > ROWS:
+        raise AdaptiveKVError(f"the decode kernel takes at most {ROWS} query rows per KV head, got {m}")
+    columns, v_dim, device, launch = table.keys.shape[1], table.v_dim, q.device, table.launch
+    items, item, pdl = len(table.items), table.dtype.itemsize, _pdl(device)
+    arena = table.arena[: table.arena.numel() // UNIT * UNIT]
+    native = arena.view(table.dtype)
+    empty = functools.partial(torch.empty, device=device, dtype=torch.float32)
+    (k_sign, k_norm), (v_sign, v_norm) = signs(k_dim, device), signs(v_dim, device)
+    bk, bv = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
+    planes = q = q.contiguous()
+    if table.rotated or new:
+        planes = empty((2, rows, m, k_dim))
+        prepare_kernel[rows, m](
+            q, *(new or (q, q)), k_sign, planes, native, table.keys, table.values, table.tails, columns, table.heads,
+            rows, M=m, DK=k_dim, DV=v_dim, BK=bk, BV=bv, STEP=min(bk, _SIGNS // bk), NORM=k_norm,
+            ITEM=item, ROTATE=table.rotated, APPEND=new is not None, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        )  # fmt: skip
+    part, part_lse = empty((items, m, v_dim)), empty((items, m))
+    stats = mass is not None or page_lse is not None
+    if stats and page_lse is None:
+        page_lse = empty((rows, columns, m))
+    tiles = {16: launch.native_tiles, 8: launch.int8_tiles}
+    compiled = split_kernel[(items,)](
+        planes, native, arena.view(torch.int16), arena.view(torch.float16), table.keys, table.values,
+        table.keys.view(torch.int32), table.items, table.tails, part, part_lse,
+        part_lse if page_lse is None else page_lse, rows, columns, table.heads,
+        scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0,
+        M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
+        BM=ROWS, PAGE=PAGE, SUBS=tuple(tiles.get(k.bits, 1) for k, _ in table.pairs), ITEM=item,
+        CAP=softcap is not None, STATS=stats, CLEAN=table.clean, STAGES=launch.stages, PDL=pdl, INTERPRET=_INTERPRETED,
+        num_warps=launch.warps, launch_pdl=pdl,
+    )  # fmt: skip
+    out, lse = torch.empty((rows, m, v_dim), dtype=q.dtype, device=device), empty((rows, m))
+    measured = 0 if mass is None else triton.cdiv(columns, _MEASURED)
+    merge_kernel[rows, m + measured](
+        part, part_lse, table.items, table.parts, v_sign, out, lse, part_lse if page_lse is None else page_lse,
+        table.keys, lse if mass is None else mass, columns,
+        M=m, DV=v_dim, BV=bv, BM=ROWS, STEP=min(bv, _SIGNS // bv), NORM=v_norm, ROTATE=table.rotated,
+        MASS=mass is not None, PAGES=_MEASURED, PDL=pdl, num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
+    if _compiled is not None:
+        _compiled.append(compiled)
+    return out, lse
+
+
+def occupancy(q: Tensor, table: PageTable) -> Launch:
+    """The table's launch with `programs` set to how many run at once on a multiprocessor, by registers and memory."""
+    global _compiled
+    _compiled = []
+    try:
+        attend_table(q, table, 1.0)
+        kernel = _compiled[0]
+    finally:
+        _compiled = None
+    properties = torch.cuda.get_device_properties(q.device)
+    warp_registers = -(-kernel.n_regs * 32 // 256) * 256  # registers are given out by 256 to a warp
+    by_registers = properties.regs_per_multiprocessor // (warp_registers * table.launch.warps)
+    by_memory = properties.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
+    return dataclasses.replace(table.launch, programs=max(1, min(by_registers, by_memory, 32)))
+
+
+_compiled: list[Any] | None = None  # where `occupancy` wants the compiled split kernel
 
 
 def attend_pages_triton(
@@ -38,94 +132,33 @@ def attend_pages_triton(
     """`attend_pages` in Triton: same arguments, shapes and results, for at most 16 query rows per KV head.
 
     A page more than about 100 nats below the best key seen before it reports page_lse = -inf: its mass is 0 in float32.
-    Products run in the native dtype for native parts and in float16 for packed ones (float32 if the native dtype is).
-    Raises AdaptiveKVError for more than 16 rows.
     """
     heads, rows, k_dim = q.shape
-    pages, v_dim = batch.count.shape[1], batch.v_dim
-    if rows > ROWS:
-        raise AdaptiveKVError(f"the decode kernel takes at most {ROWS} query rows per KV head, got {rows}")
-    q = hadamard(q.float()) if batch.rotate else q
-    q = q.contiguous()
-    k_word, v_word = _word(batch.k, k_dim, batch.dtype), _word(batch.v, v_dim, batch.dtype)
-    warps, stages, programs = _launch(batch, min(k_word, v_word))
-    splits = _splits(heads, pages, programs, q.device)
-    new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
-    out, lse = new((heads, splits, rows, v_dim)), new((heads, splits, rows))
-    page_lse = new((heads, pages, rows)) if stats else None
-    arena = batch.arena[: batch.arena.numel() // UNIT * UNIT]
-    tables = [t if t.stride(1) == 1 else t.contiguous() for t in (batch.k_off, batch.v_off, batch.count)]
-    packed = tl.float32 if batch.dtype == torch.float32 else tl.float16
-    split_kernel[heads, splits](
-        q, _words(arena, batch.k, k_word, batch.dtype), _words(arena, batch.v, v_word, batch.dtype),
-        arena.view(torch.float16), *tables, *(t.stride(0) for t in tables),
-        out, lse, lse if page_lse is None else page_lse, pages,
-        scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0,
-        M=rows, DK=k_dim, DV=v_dim, K_BITS=batch.k.bits, V_BITS=batch.v.bits,
-        K_TYPE=_TYPES[batch.dtype] if batch.k.native else packed,
-        V_TYPE=_TYPES[batch.dtype] if batch.v.native else packed,
-        K_WORD=k_word, V_WORD=v_word, BK=_tile(k_dim, batch.k, k_word), BV=_tile(v_dim, batch.v, v_word),
-        FULL=batch.full, CAP=softcap is not None, STATS=stats, BM=ROWS, PAGE=PAGE,
-        num_warps=warps, num_stages=stages,
+    launch = Launch()
+    programs = launch.programs * _multiprocessors(q.device)
+    items, parts, tails = _even(heads, batch.count.shape[1], ROTATED * batch.rotate, programs, q.device)
+    table = PageTable(
+        batch.arena, batch.k_off + batch.count, batch.v_off.contiguous(), items, parts, tails, 1,
+        ((batch.k, batch.v),), batch.dtype, k_dim, batch.v_dim, batch.rotate, True, launch,
     )  # fmt: skip
-    if splits == 1:
-        out, lse = out[:, 0], lse[:, 0]
-    else:
-        parts, out, lse = (out, lse), new((heads, rows, v_dim)), new((heads, rows))
-        merge_kernel[heads, rows](
-            *parts,
-            out,
-            lse,
-            splits,
-            M=rows,
-            DV=v_dim,
-            BV=triton.next_power_of_2(v_dim),
-            BS=triton.next_power_of_2(splits),
-        )
-    return hadamard(out) if batch.rotate else out, lse, page_lse
+    page_lse = torch.full((*batch.count.shape, rows), -torch.inf, device=q.device) if stats else None
+    out, lse = attend_table(q.float(), table, scale, softcap, page_lse=page_lse)
+    return out, lse, page_lse
 
 
-def _word(codec: Codec, dim: int, dtype: torch.dtype) -> int:
-    """Bytes loaded as one word: two where that is at most 4 slices, for Triton pipelines words but not bytes.
-
-    Eight slices of int2 are slower than bytes (H100, k4v2: 0.150 against 0.113 ms).
-    """
-    if codec.native:
-        return dtype.itemsize
-    return 2 if codec.bits >= 4 and dim * codec.bits // 8 % 2 == 0 else 1
+@functools.lru_cache
+def _even(heads: int, pages: int, code: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Items, parts and tails of a table whose rows all have `pages` pages of one format."""
+    items, parts = share(np.full((heads, 1), pages), np.ones(1), np.array([code]), programs)
+    return *(torch.from_numpy(x).to(device) for x in (items, parts)), torch.zeros(heads, dtype=torch.int32).to(device)
 
 
-def _words(arena: Tensor, codec: Codec, word: int, dtype: torch.dtype) -> Tensor:
-    """The arena as elements of one part: the native dtype, bytes, or 16-bit words."""
-    return arena.view(dtype if codec.native else torch.uint8 if word == 1 else torch.int16)
-
-
-def _tile(dim: int, codec: Codec, word: int) -> int:
-    """Padded width of one slice; 16 is the least that a tensor-core product takes."""
-    return max(16, triton.next_power_of_2(dim if codec.native else dim * codec.bits // 8 // word))
-
-
-def _launch(batch: PageBatch, word: int) -> tuple[int, int, int]:
-    """Warps, pipeline stages and programs per multiprocessor: the least regret over 1 x 128k and 8 x 32k on an H100.
-
-    word: bytes of the narrowest loads; Triton 3.6 fails to compile a third stage of single-byte loads.
-    """
-    wide = max(batch.k_dim, batch.v_dim) > 128
-    if batch.dtype == torch.float32:  # tiles twice the size must still fit in shared memory
-        return 4, 1 if wide else 2, 4
-    if word == 1:
-        return 4, 2, 8
-    if batch.k.native and batch.v.native:
-        return 4, 2 if wide else 3, 2
-    return 4, 3 if batch.k.bits == batch.v.bits == 4 else 2, 4
-
-
-def _splits(heads: int, pages: int, programs: int, device: torch.device) -> int:
-    """Programs per head: `programs` for each multiprocessor in all, never more than pages."""
-    target = programs * _multiprocessors(device) if device.type == "cuda" else 3 * heads
-    return max(1, min(pages, 128, -(-target // max(1, heads))))
+@functools.lru_cache
+def _pdl(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it still runs (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -37,3 +37,10 @@ def _matrix(dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         while matrix.shape[0] < dim:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
         return (matrix / math.sqrt(dim)).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def signs(dim: int, device: torch.device) -> tuple[Tensor, float]:
+    """The rotation of `hadamard` as signs int8 [dim, dim], symmetric and block-diagonal, and their common factor."""
+    norm = 1.0 / math.sqrt(dim & -dim)
+    return (hadamard(torch.eye(dim)) / norm).round().to(torch.int8).to(device), norm

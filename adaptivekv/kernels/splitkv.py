@@ -1,30 +1,41 @@
-"""The two Triton kernels of decode attention: one split over pages, one merge. `decode` launches them."""
+"""The Triton kernels of decode attention over pages of any mixture of formats: prepare, split, merge."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
+_SHRINK = tl.constexpr(16777216.0)  # 2**24: a level read as a float16 bit pattern is 2**-24 of itself
 
 
 @triton.jit
-def _levels(packed, SLICE: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, TYPE: tl.constexpr):
-    """Levels of one slice of the head dimension, minus the middle of their range, exact in TYPE (float16 or float32).
+def _field(words, AT: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr):
+    """The BITS bits from bit AT of each 16-bit word, as the float16 whose bit pattern they are: n * 2**(AT % 8 - 24).
 
-    packed: words of WORD bytes. Centred levels keep the rounding errors of the probabilities from adding up on the
-    value side, where a common offset would be multiplied by every one of them and then cancelled.
+    A pattern below 1024 is a subnormal float16, exact, and tensor cores take those at full speed: two levels unpack in
+    one or two instructions, without conversion and without a bias that would have to cancel.
     """
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
-    SHIFT: tl.constexpr = 8 * (SLICE % WORD) + BITS * (SLICE // WORD)
-    n = packed.to(tl.int16)
-    if SHIFT > 0:
-        n = n >> SHIFT
-    if SHIFT + BITS != 8 or WORD != 1:
-        n = n & ((1 << BITS) - 1)
-    # In float16 the bit pattern 0x6400 | n is exactly 1024 + n, cheaper than a conversion.
-    if TYPE == tl.float16:  # noqa: SIM300
-        return (n | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + MIDDLE)
-    return n.to(TYPE) - MIDDLE
+    SHIFT: tl.constexpr = AT // 8 * 8
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (AT % 8)
+    if INTERPRET:  # it has no inline assembly
+        return ((words >> SHIFT) & MASK).to(tl.int16).to(tl.float16, bitcast=True)
+    if SHIFT == 0:
+        return tl.inline_asm_elementwise(
+            f"and.b32 $0, $1, {MASK | (MASK << 16)};", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return tl.inline_asm_elementwise(
+        f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK | (MASK << 16)}; }}",
+        "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _log2(x, INTERPRET: tl.constexpr):
+    """The hardware's logarithm: `tl.log2` corrects its last bits with a dozen instructions."""
+    if INTERPRET:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -33,108 +44,94 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _tile_at(rows, col, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, SLICE: tl.constexpr):
-    """Where slice SLICE of a [M, D] matrix lies, and its mask: the dims that `_levels` finds in SLICE of each word."""
+def _tile_at(rows, col, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, SLICE: tl.constexpr):
+    """Where slice SLICE of a [M, D] matrix lies, and its mask.
+
+    Byte b of a slot holds dims b, b + D * BITS / 8, ... (codec.py), and word j holds bytes 2j and 2j + 1.
+    """
+    PER: tl.constexpr = 1 if BITS == 16 else 8 // BITS  # levels in a byte
     if BITS == 16:
-        return rows[:, None] * D + col[None, :], (rows[:, None] < M) & (col[None, :] < D)
-    GROUP: tl.constexpr = D * BITS // 8  # dims in one bit group
-    dim = (SLICE // WORD) * GROUP + col * WORD + SLICE % WORD
-    return rows[:, None] * D + dim[None, :], (rows[:, None] < M) & (col[None, :] < GROUP // WORD)
+        dim = col
+    else:
+        dim = (SLICE % PER) * (D // PER) + 2 * col + SLICE // PER
+    return rows[:, None] * D + dim[None, :], (rows[:, None] < M) & (col[None, :] < D * BITS // 16)
 
 
 @triton.jit
-def _query(
-    q_ptr, rows, col, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, SLICE: tl.constexpr
-):
-    at, mask = _tile_at(rows, col, M, D, BITS, WORD, SLICE)
-    return tl.load(q_ptr + at, mask=mask, other=0.0)
+def _query(q_ptr, rows, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
+    """The slices of the query, scaled against what `_field` leaves in place, and its sum over the head."""
+    col = tl.arange(0, BK)
+    q = ()
+    total = tl.zeros([rows.shape[0]], tl.float32)
+    for s in tl.static_range(1 if BITS == 16 else 16 // BITS):
+        at, mask = _tile_at(rows, col, M, D, BITS, s)
+        part = tl.load(q_ptr + at, mask=mask, other=0.0).to(TYPE)
+        total += tl.sum(part.to(tl.float32), 1)
+        if BITS != 16:
+            part = part * (1.0 / (1 << (s * BITS % 8)))
+        q = q + (part.to(TYPE),)
+    return q, total
 
 
 @triton.jit
-def _store(
-    ptr, acc, rows, col, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, SLICE: tl.constexpr
-):
-    at, mask = _tile_at(rows, col, M, D, BITS, WORD, SLICE)
-    tl.store(ptr + at, acc, mask=mask)
-
-
-@triton.jit
-def split_kernel(
-    q_ptr, k_ptr, v_ptr, half_ptr,
-    k_off_ptr, v_off_ptr, count_ptr, k_off_stride, v_off_stride, count_stride,
-    out_ptr, lse_ptr, page_lse_ptr, pages, scale, softcap,
+def _attend(
+    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, start, stop, tail,
+    out_ptr, lse_ptr, page_lse_ptr, scale, softcap,
     M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    K_TYPE: tl.constexpr, V_TYPE: tl.constexpr, K_WORD: tl.constexpr, V_WORD: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, PAGE: tl.constexpr,
-    FULL: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
+    TYPE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, PAGE: tl.constexpr, SUB: tl.constexpr,
+    ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr, CLEAN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
+    """One item: all query rows of a KV head over the pages start to stop of its list, which share a format."""
     rows = tl.arange(0, BM)
-    slot = tl.arange(0, PAGE)
+    N: tl.constexpr = PAGE // SUB  # slots a step
     k_col = tl.arange(0, BK)
     v_col = tl.arange(0, BV)
-    # A packed slot is WK words, each holding one element of every slice; a native slot is one slice of elements.
-    K_PARTS: tl.constexpr = 1 if K_BITS == 16 else K_WORD * 8 // K_BITS
-    V_PARTS: tl.constexpr = 1 if V_BITS == 16 else V_WORD * 8 // V_BITS
-    WK: tl.constexpr = DK // K_PARTS
-    WV: tl.constexpr = DV // V_PARTS
-    K_MIDDLE: tl.constexpr = 0 if K_BITS == 16 else 1 << (K_BITS - 1)
-    V_MIDDLE: tl.constexpr = 0 if V_BITS == 16 else 1 << (V_BITS - 1)
+    WIDE: tl.constexpr = TYPE == tl.float32  # noqa: SIM300
+    K_TYPE: tl.constexpr = TYPE if K_BITS == 16 or WIDE else tl.float16
+    V_TYPE: tl.constexpr = TYPE if V_BITS == 16 or WIDE else tl.float16
+    K_WIDTH: tl.constexpr = DK if K_BITS == 16 else DK * K_BITS // 16  # elements or words of a slot
+    V_WIDTH: tl.constexpr = DV if V_BITS == 16 else DV * V_BITS // 16
 
-    q_ptr += head * M * DK
-    q0 = _query(q_ptr, rows, k_col, M, DK, K_BITS, K_WORD, 0).to(K_TYPE)
-    q_sum = tl.sum(q0.to(tl.float32), 1)
-    if K_PARTS >= 2:
-        q1 = _query(q_ptr, rows, k_col, M, DK, K_BITS, K_WORD, 1).to(K_TYPE)
-        q_sum += tl.sum(q1.to(tl.float32), 1)
-    if K_PARTS == 4:
-        q2 = _query(q_ptr, rows, k_col, M, DK, K_BITS, K_WORD, 2).to(K_TYPE)
-        q3 = _query(q_ptr, rows, k_col, M, DK, K_BITS, K_WORD, 3).to(K_TYPE)
-        q_sum += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
-
+    q, q_sum = _query(q_ptr, rows, M, DK, K_BITS, BK, K_TYPE)
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     shift = tl.zeros([BM], tl.float32)
-    acc0 = tl.zeros([BM, BV], tl.float32)
-    acc1 = tl.zeros([BM, BV], tl.float32)
-    acc2 = tl.zeros([BM, BV], tl.float32)
-    acc3 = tl.zeros([BM, BV], tl.float32)
+    half_lse = tl.zeros([BM], tl.float32)
+    accs = ()
+    for _ in tl.static_range(1 if V_BITS == 16 else 16 // V_BITS):
+        accs = accs + (tl.zeros([BM, BV], tl.float32),)
 
-    for page in range(split, pages, splits):
+    for step in tl.range(start * SUB, stop * SUB, num_stages=STAGES):
+        page = step // SUB
+        slot = step % SUB * N + tl.arange(0, N)
         # The pipeline may run ahead of the last page: the mask makes it see offset 0 there, at no measurable cost.
-        here = page < pages
-        k_off = tl.multiple_of(tl.load(k_off_ptr + head * k_off_stride + page, mask=here, other=0), 256)
-        v_off = tl.multiple_of(tl.load(v_off_ptr + head * v_off_stride + page, mask=here, other=0), 256)
-        if FULL:
-            used = slot < PAGE
-        else:  # an absent page has no used slot, so nothing of it is loaded
-            used = slot < tl.load(count_ptr + head * count_stride + page, mask=here, other=0)
+        here = page < stop
+        all_slots = page + tl.zeros([N], tl.int32) < stop
+        k_off = tl.multiple_of(tl.load(key_ptr + page, mask=here, other=0) & -256, 256)
+        v_off = tl.multiple_of(tl.load(value_ptr + page, mask=here, other=0), 256)
+        # The same entry again through another pointer: no load of keys waits for the count, only its use does.
+        count = tl.load(count_ptr + 2 * page, mask=here, other=0) & 255
+        used = slot < tl.where(count > PAGE, tail, count)
 
         # Scores, in units of log 2.
-        k_at = slot[:, None] * WK + k_col[None, :]
-        k_mask = used[:, None] & (k_col[None, :] < WK)
-        scores = tl.zeros([BM, PAGE], tl.float32)
+        k_at = slot[:, None] * K_WIDTH + k_col[None, :]
+        k_mask = all_slots[:, None] & (k_col[None, :] < K_WIDTH)
+        scores = tl.zeros([BM, N], tl.float32)
         if K_BITS == 16:
-            k = tl.load(k_ptr + k_off // K_WORD + k_at, mask=k_mask, other=0.0)
-            scores = _dot(q0, tl.trans(k.to(K_TYPE)), scores) * scale
+            k = tl.load(native_ptr + k_off // ITEM + k_at, mask=k_mask, other=0.0)
+            scores = _dot(q[0], tl.trans(k.to(K_TYPE)), scores) * scale
         else:
-            k = tl.load(k_ptr + k_off // K_WORD + k_at, mask=k_mask, other=0)
-            pair = half_ptr + k_off // 2 + PAGE * WK * K_WORD // 2
-            k_step = tl.load(pair + slot, mask=used, other=0.0).to(tl.float32) * scale
-            k_zero = tl.load(pair + PAGE + slot, mask=used, other=0.0).to(tl.float32) * scale + K_MIDDLE * k_step
-            scores = _dot(q0, tl.trans(_levels(k, 0, K_BITS, K_WORD, K_TYPE)), scores)
-            if K_PARTS >= 2:
-                scores = _dot(q1, tl.trans(_levels(k, 1, K_BITS, K_WORD, K_TYPE)), scores)
-            if K_PARTS == 4:
-                scores = _dot(q2, tl.trans(_levels(k, 2, K_BITS, K_WORD, K_TYPE)), scores)
-                scores = _dot(q3, tl.trans(_levels(k, 3, K_BITS, K_WORD, K_TYPE)), scores)
-            scores = scores * k_step[None, :] + q_sum[:, None] * k_zero[None, :]
+            k = tl.load(word_ptr + k_off // 2 + k_at, mask=k_mask, other=0)
+            pair = half_ptr + k_off // 2 + PAGE * K_WIDTH
+            k_step = tl.load(pair + slot, mask=all_slots, other=0.0).to(tl.float32) * scale
+            k_zero = tl.load(pair + PAGE + slot, mask=all_slots, other=0.0).to(tl.float32) * scale
+            for s in tl.static_range(16 // K_BITS):
+                scores = _dot(q[s], tl.trans(_field(k, s * K_BITS, K_BITS, INTERPRET).to(K_TYPE)), scores)
+            scores = scores * (k_step * _SHRINK)[None, :] + q_sum[:, None] * k_zero[None, :]
         if CAP:  # tanh(x) = 2 sigmoid(2x) - 1
             scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * _LOG2E)
-        if not FULL:
-            scores = tl.where(used[None, :], scores, -float("inf"))
+        scores = tl.where(used[None, :], scores, -float("inf"))
 
         # Online softmax; a finite floor keeps -inf - -inf out of rows that have seen no key yet.
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -145,62 +142,247 @@ def split_kernel(
         total = total * fade + mass
         top = new_top
         if STATS:
-            page_lse = (floor + tl.log2(mass)) * _LN2
-            tl.store(page_lse_ptr + (head * pages + page) * M + rows, page_lse, mask=rows < M)
+            page_lse = floor + _log2(mass, INTERPRET)
+            if SUB == 2:  # the second half of a page adds the first
+                far = -tl.abs(page_lse - half_lse)
+                both = tl.maximum(page_lse, half_lse) + _log2(1.0 + tl.exp2(far), INTERPRET)
+                both = tl.where(both > -1e37, both, -float("inf"))
+                page_lse = tl.where(step % 2 == 1, both, page_lse)
+                half_lse = tl.maximum(page_lse, -1e38)
+            tl.store(page_lse_ptr + page * M + rows, page_lse * _LN2, mask=rows < M)
 
         # Values.
-        v_at = slot[:, None] * WV + v_col[None, :]
-        v_mask = used[:, None] & (v_col[None, :] < WV)
-        acc0 = acc0 * fade[:, None]
+        v_at = slot[:, None] * V_WIDTH + v_col[None, :]
+        v_mask = all_slots[:, None] & (v_col[None, :] < V_WIDTH)
         if V_BITS == 16:
-            v = tl.load(v_ptr + v_off // V_WORD + v_at, mask=v_mask, other=0.0)
-            acc0 = _dot(weights.to(V_TYPE), v.to(V_TYPE), acc0)
+            v = tl.load(native_ptr + v_off // ITEM + v_at, mask=v_mask, other=0.0)
+            if CLEAN:  # what an unused slot holds can be NaN, and 0 * NaN is NaN
+                v = tl.where(used[:, None], v, 0.0)
+            accs = (_dot(weights.to(V_TYPE), v.to(V_TYPE), accs[0] * fade[:, None]),)
         else:
-            v = tl.load(v_ptr + v_off // V_WORD + v_at, mask=v_mask, other=0)
-            pair = half_ptr + v_off // 2 + PAGE * WV * V_WORD // 2
-            v_step = tl.load(pair + slot, mask=used, other=0.0).to(tl.float32)
-            v_zero = tl.load(pair + PAGE + slot, mask=used, other=0.0).to(tl.float32) + V_MIDDLE * v_step
+            v = tl.load(word_ptr + v_off // 2 + v_at, mask=v_mask, other=0)
+            pair = half_ptr + v_off // 2 + PAGE * V_WIDTH
+            v_step = tl.load(pair + slot, mask=all_slots, other=0.0).to(tl.float32)
+            v_zero = tl.load(pair + PAGE + slot, mask=all_slots, other=0.0).to(tl.float32)
+            v_step = tl.where(used, v_step, 0.0)  # an unused slot's scale can be NaN, and 0 * NaN is NaN
+            v_zero = tl.where(used, v_zero, 0.0)
             shift = shift * fade + tl.sum(weights * v_zero[None, :], 1)
             scaled = (weights * v_step[None, :]).to(V_TYPE)
-            acc0 = _dot(scaled, _levels(v, 0, V_BITS, V_WORD, V_TYPE), acc0)
-            if V_PARTS >= 2:
-                acc1 = _dot(scaled, _levels(v, 1, V_BITS, V_WORD, V_TYPE), acc1 * fade[:, None])
-            if V_PARTS >= 4:
-                acc2 = _dot(scaled, _levels(v, 2, V_BITS, V_WORD, V_TYPE), acc2 * fade[:, None])
-                acc3 = _dot(scaled, _levels(v, 3, V_BITS, V_WORD, V_TYPE), acc3 * fade[:, None])
+            new = ()
+            for s in tl.static_range(16 // V_BITS):
+                new = new + (
+                    _dot(scaled, _field(v, s * V_BITS, V_BITS, INTERPRET).to(V_TYPE), accs[s] * fade[:, None]),
+                )
+            accs = new
 
-    at = head * splits + split
-    out_ptr += at * M * DV
+    if PDL:
+        gdc_launch_dependents()
     norm = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
-    tl.store(lse_ptr + at * M + rows, (tl.maximum(top, -1e38) + tl.log2(total)) * _LN2, mask=rows < M)
-    _store(out_ptr, (acc0 + shift[:, None]) * norm, rows, v_col, M, DV, V_BITS, V_WORD, 0)
-    if V_PARTS >= 2:
-        _store(out_ptr, (acc1 + shift[:, None]) * norm, rows, v_col, M, DV, V_BITS, V_WORD, 1)
-    if V_PARTS >= 4:
-        _store(out_ptr, (acc2 + shift[:, None]) * norm, rows, v_col, M, DV, V_BITS, V_WORD, 2)
-        _store(out_ptr, (acc3 + shift[:, None]) * norm, rows, v_col, M, DV, V_BITS, V_WORD, 3)
+    tl.store(lse_ptr + rows, (tl.maximum(top, -1e38) + tl.log2(total)) * _LN2, mask=rows < M)
+    for s in tl.static_range(1 if V_BITS == 16 else 16 // V_BITS):
+        at, mask = _tile_at(rows, v_col, M, DV, V_BITS, s)
+        if V_BITS == 16:
+            tl.store(out_ptr + at, accs[s] * norm, mask=mask)
+        else:
+            tl.store(out_ptr + at, (accs[s] * (_SHRINK / (1 << (s * V_BITS % 8))) + shift[:, None]) * norm, mask=mask)
+
+
+@triton.jit
+def split_kernel(
+    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, tail_ptr,
+    out_ptr, lse_ptr, page_lse_ptr, all_rows, columns, heads, scale, softcap,
+    M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TYPE: tl.constexpr, BM: tl.constexpr,
+    PAGE: tl.constexpr, SUBS: tl.constexpr, ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
+    CLEAN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One program an item (row, format, first page, last page + 1); no page: an empty result."""
+    item = tl.program_id(0)
+    row = tl.load(item_ptr + item * 4).to(tl.int64)
+    code = tl.load(item_ptr + item * 4 + 1)
+    start = tl.load(item_ptr + item * 4 + 2)
+    stop = tl.load(item_ptr + item * 4 + 3)
+    if PDL:
+        gdc_wait()  # for the query and the tail; the table was complete before
+    if start < stop:
+        tail = tl.load(tail_ptr + row // heads)
+        q_ptr += ((code // 16) * all_rows + row) * M * DK  # the second plane is the rotated query
+        for i in tl.static_range(len(PAIRS)):
+            if code % 16 == i:
+                _attend(
+                    q_ptr, native_ptr, word_ptr, half_ptr,
+                    key_ptr + row * columns, value_ptr + row * columns, count_ptr + 2 * row * columns,
+                    start, stop, tail,
+                    out_ptr + item.to(tl.int64) * M * DV, lse_ptr + item * M, page_lse_ptr + row * columns * M,
+                    scale, softcap, M, DK, DV, PAIRS[i][0], PAIRS[i][1], TYPE,
+                    _tile(DK, PAIRS[i][0]), _tile(DV, PAIRS[i][1]), BM, PAGE, SUBS[i], ITEM, CAP, STATS, CLEAN,
+                    STAGES, PDL, INTERPRET,
+                )  # fmt: skip
+    else:  # a run of which this step reads nothing
+        rows = tl.arange(0, BM)
+        col = tl.arange(0, triton.next_power_of_2(DV))
+        tl.store(lse_ptr + item * M + rows, tl.full([BM], -float("inf"), tl.float32), mask=rows < M)
+        mask = (rows[:, None] < M) & (col[None, :] < DV)
+        at = item.to(tl.int64) * M * DV + rows[:, None] * DV + col[None, :]
+        tl.store(out_ptr + at, tl.zeros([BM, triton.next_power_of_2(DV)], tl.float32), mask=mask)
+
+
+@triton.constexpr_function
+def _tile(dim, bits):
+    """Padded width of one slice; 16 is the least that a tensor-core product takes."""
+    return max(16, triton.next_power_of_2(dim if bits == 16 else dim * bits // 16))
+
+
+@triton.jit
+def _signs(sign_ptr, start, D: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr):
+    """Columns start to start + STEP of the rotation's sign matrix, [BD, STEP]."""
+    dim = tl.arange(0, BD)
+    col = start + tl.arange(0, STEP)
+    return tl.load(sign_ptr + dim[:, None] * D + col[None, :], mask=(dim[:, None] < D) & (col[None, :] < D), other=0)
+
+
+@triton.jit
+def prepare_kernel(
+    q_ptr, k_ptr, v_ptr, sign_ptr, plane_ptr, native_ptr, key_ptr, value_ptr, tail_ptr, columns, heads, all_rows,
+    M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, ITEM: tl.constexpr, ROTATE: tl.constexpr, APPEND: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Both planes of the query, as it is and rotated; with APPEND the new key and value go into the open tail.
+
+    The tail is the page in column 0 of each row; `tail_ptr` counts its slots per request, the new one included.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1)
+    dim = tl.arange(0, BK)
+    if ROTATE:
+        sign = _signs(sign_ptr, 0, DK, BK, STEP)  # constant: before the wait
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = row * M + m
+    q = tl.load(q_ptr + at * DK + dim, mask=dim < DK, other=0.0).to(tl.float32)
+    tl.store(plane_ptr + at * DK + dim, q, mask=dim < DK)
+    if ROTATE:
+        plane_ptr += (all_rows * M + at) * DK
+        for start in tl.static_range(0, DK, STEP):
+            if start > 0:
+                sign = _signs(sign_ptr, start, DK, BK, STEP)
+            col = start + tl.arange(0, STEP)
+            tl.store(plane_ptr + col, tl.sum(q[:, None] * sign.to(tl.float32), 0) * NORM, mask=col < DK)
+    if APPEND:  # noqa: SIM102 - known when compiled, so the other half is not even compiled
+        if m == 0:
+            slot = tl.load(tail_ptr + row // heads) - 1
+            k = tl.load(k_ptr + row * DK + dim, mask=dim < DK)
+            k_off = (tl.load(key_ptr + row * columns) & -256) // ITEM + slot * DK
+            tl.store(native_ptr + k_off + dim, k, mask=dim < DK)
+            v_dim = tl.arange(0, BV)
+            v = tl.load(v_ptr + row * DV + v_dim, mask=v_dim < DV)
+            v_off = tl.load(value_ptr + row * columns) // ITEM + slot * DV
+            tl.store(native_ptr + v_off + v_dim, v, mask=v_dim < DV)
+
+
+@triton.jit
+def _merge(
+    part_ptr, part_lse_ptr, item_ptr, first, n, sign, sign_ptr, out_ptr, lse_ptr, m,
+    M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
+    ROTATE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One query row: the parts first to first + n, those of rotated pages rotated back."""
+    dim = tl.arange(0, BV)
+    top = -1e38
+    total = 0.0
+    plain = tl.zeros([BV], tl.float32)
+    turned = tl.zeros([BV], tl.float32)
+    rotated_parts = 0
+    for start in range(0, n, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        here = i < n
+        at = ((first + i) * M + m).to(tl.int64)
+        mask = here[:, None] & (dim[None, :] < DV)
+        part = tl.load(part_ptr + at[:, None] * DV + dim[None, :], mask=mask, other=0.0)
+        lse = tl.load(part_lse_ptr + at, mask=here, other=-float("inf"))
+        if ROTATE:
+            rotated = tl.load(item_ptr + (first + i) * 4 + 1, mask=here, other=0) >= 16
+            rotated_parts += tl.sum(rotated.to(tl.int32), 0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        weight = tl.exp(lse - new_top)
+        fade = tl.exp(top - new_top)
+        top = new_top
+        total = total * fade + tl.sum(weight, 0)
+        if ROTATE:
+            turned = turned * fade + tl.sum(part * tl.where(rotated, weight, 0.0)[:, None], 0)
+            plain = plain * fade + tl.sum(part * tl.where(rotated, 0.0, weight)[:, None], 0)
+        else:
+            plain = plain * fade + tl.sum(part * weight[:, None], 0)
+    norm = 1.0 / tl.where(total > 0, total, 1.0)
+    tl.store(lse_ptr + m, top + tl.log(total))
+    out_ptr += m * DV
+    if rotated_parts > 0:
+        for start_dim in tl.static_range(0, DV, STEP):
+            if start_dim > 0:
+                sign = _signs(sign_ptr, start_dim, DV, BV, STEP)
+            col = start_dim + tl.arange(0, STEP)
+            out = tl.sum(turned[:, None] * sign.to(tl.float32), 0) * NORM
+            if STEP < BV:
+                out += tl.sum(tl.where(dim[:, None] == col[None, :], plain[:, None], 0.0), 0)
+            else:
+                out += plain
+            tl.store(out_ptr + col, out * norm, mask=col < DV)
+    else:
+        tl.store(out_ptr + dim, plain * norm, mask=dim < DV)
+
+
+@triton.jit
+def _mass(
+    part_lse_ptr, first, n, page_lse_ptr, key_ptr, mass_ptr, start, stop,
+    M: tl.constexpr, BM: tl.constexpr, PAGES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Attention that the pages from `start` received, averaged over the query rows, into its running average."""
+    rows = tl.arange(0, BM)
+    top = tl.full([BM], -1e38, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for part in range(0, n, CHUNK):
+        i = part + tl.arange(0, CHUNK)
+        mask = (rows[:, None] < M) & (i[None, :] < n)
+        lse = tl.load(part_lse_ptr + (first + i)[None, :] * M + rows[:, None], mask=mask, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(lse, 1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(lse - new_top[:, None]), 1)
+        top = new_top
+    lse = top + tl.log(total)
+    page = start + tl.arange(0, PAGES)
+    held = (tl.load(key_ptr + page, mask=page < stop, other=0) & 255) != 0
+    mask = held[:, None] & (rows[None, :] < M)
+    page_lse = tl.load(page_lse_ptr + page[:, None] * M + rows[None, :], mask=mask, other=-float("inf"))
+    mass = tl.sum(tl.where(mask, tl.exp(page_lse - lse[None, :]), 0.0), 1) / M
+    old = tl.load(mass_ptr + page, mask=held, other=0.0)
+    tl.store(mass_ptr + page, tl.where(old < 0, mass, (old + mass) / 2), mask=held)  # halves the past
 
 
 @triton.jit
 def merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, splits,
-    M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr,
+    part_ptr, part_lse_ptr, item_ptr, parts_ptr, sign_ptr, out_ptr, lse_ptr, page_lse_ptr, key_ptr, mass_ptr, columns,
+    M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
+    ROTATE: tl.constexpr, MASS: tl.constexpr, PAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
-    s = tl.arange(0, BS)
-    col = tl.arange(0, BV)
-    lse = tl.load(part_lse_ptr + (head * splits + s) * M + row, mask=s < splits, other=-float("inf"))
-    floor = tl.maximum(tl.max(lse, 0), -1e38)
-    total = tl.sum(tl.exp(lse - floor), 0)
-    acc = tl.zeros([BV], tl.float32)
-    CHUNK: tl.constexpr = 16  # rows in flight: enough to hide latency, few enough for registers
-    for start in range(0, splits, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        at = (head * splits + i) * M + row
-        weight = tl.exp(tl.load(part_lse_ptr + at, mask=i < splits, other=-float("inf")) - floor)
-        mask = (i[:, None] < splits) & (col[None, :] < DV)
-        part = tl.load(part_ptr + at[:, None] * DV + col[None, :], mask=mask, other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
-    tl.store(out_ptr + (head * M + row) * DV + col, acc / tl.where(total > 0, total, 1.0), mask=col < DV)
-    tl.store(lse_ptr + head * M + row, floor + tl.log(total))
+    """Programs 0 to M - 1 of a row merge its parts, one query row each; with MASS the rest turn page lse into mass."""
+    row = tl.program_id(0).to(tl.int64)
+    job = tl.program_id(1)
+    first = tl.load(parts_ptr + row * 2)
+    n = tl.load(parts_ptr + row * 2 + 1)
+    sign = 0
+    if ROTATE:
+        sign = _signs(sign_ptr, 0, DV, BV, STEP)  # constant, as the table: before the wait
+    if PDL:
+        gdc_wait()
+    CHUNK: tl.constexpr = 8192 // BV  # parts in flight: enough to hide latency, few enough for registers
+    if job < M:
+        _merge(
+            part_ptr, part_lse_ptr, item_ptr, first, n, sign, sign_ptr, out_ptr + row * M * DV, lse_ptr + row * M, job,
+            M, DV, BV, STEP, NORM, ROTATE, CHUNK,
+        )  # fmt: skip
+    if MASS:  # noqa: SIM102
+        if job >= M:
+            _mass(
+                part_lse_ptr, first, n, page_lse_ptr + row * columns * M, key_ptr + row * columns,
+                mass_ptr + row * columns, (job - M) * PAGES, columns, M, BM, PAGES, CHUNK,
+            )  # fmt: skip

@@ -24,7 +24,9 @@ class Arena:
         self.capacity = capacity // UNIT * UNIT
         with torch.inference_mode(False):  # made inside a forward, changed outside of it too
             # empty, not zeros: untouched memory of a CPU arena is never committed by the operating system
-            self.data = torch.empty(self.capacity, dtype=torch.uint8, device=device, pin_memory=pinned)
+            data = torch.empty(self.capacity + UNIT, dtype=torch.uint8, device=device, pin_memory=pinned)
+            start = -data.data_ptr() % UNIT  # aligned, so that one arena's offsets can lead into another
+            self.data = data[start : start + self.capacity]
         self.starts = np.zeros(1, np.int64)  # free extents, sorted, never adjacent
         self.ends = np.full(1, self.capacity, np.int64)
         self.used = 0
@@ -49,8 +51,9 @@ class Arena:
         last = int(np.searchsorted(total, n))
         take = fits[: last + 1].copy()
         take[-1] = n - (total[last - 1] if last else 0)
-        within = np.arange(n) - np.repeat(np.cumsum(take) - take, take)
-        offsets = np.repeat(self.starts[: last + 1], take) + within * size
+        # block i is the i-th of its extent times `size` behind where that extent starts
+        before = self.starts[: last + 1] - (np.cumsum(take) - take) * size
+        offsets = np.arange(0, n * size, size) + np.repeat(before, take)
         self.starts[: last + 1] += take * size
         keep = self.starts < self.ends
         self.starts, self.ends = self.starts[keep], self.ends[keep]
@@ -58,19 +61,20 @@ class Arena:
         self.peak = max(self.peak, self.used)
         return offsets
 
-    def free(self, offsets: np.ndarray, sizes: np.ndarray | int) -> None:
-        """Give blocks back and merge what touches."""
+    def free(self, offsets: np.ndarray, size: int) -> None:
+        """Give blocks of `size` bytes back and merge what touches."""
         if not len(offsets):
             return
-        starts = np.concatenate([self.starts, offsets])
-        ends = np.concatenate([self.ends, offsets + sizes])
-        order = np.argsort(starts, kind="stable")
+        # Blocks mostly come in runs: joined before they are sorted, they are few.
+        gap = offsets[1:] != offsets[:-1] + size
+        starts = np.concatenate([self.starts, offsets[:1], offsets[1:][gap]])
+        ends = np.concatenate([self.ends, offsets[:-1][gap] + size, offsets[-1:] + size])
+        order = np.argsort(starts)
         starts, ends = starts[order], ends[order]
         assert (starts[1:] >= ends[:-1]).all(), "block freed twice"
-        first = np.concatenate([[True], starts[1:] > ends[:-1]])
-        self.starts = starts[first]
-        self.ends = ends[np.concatenate([first[1:], [True]])]
-        self.used = self.capacity - int((self.ends - self.starts).sum())
+        gap = starts[1:] > ends[:-1]
+        self.starts, self.ends = starts[np.concatenate([[True], gap])], ends[np.concatenate([gap, [True]])]
+        self.used -= len(offsets) * size
 
     def check_integrity(self) -> None:
         """The free extents are sorted, apart, inside the arena, and add up with what is used."""

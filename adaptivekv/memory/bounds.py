@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from adaptivekv.kernels import pageops
 from adaptivekv.kernels.codec import PAGE, UNIT
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def bounds_bytes(pool: PagePool, layer: int) -> int:
 
 
 def bounds(pool: PagePool, ids: np.ndarray) -> torch.Tensor:
-    """Bounds of pages of one layer, [n, 2, k_dim] in the pool's dtype, measured at the first call for a page.
+    """Bounds of distinct pages of one layer, [n, 2, k_dim] in the pool's dtype, measured at the first call for a page.
 
     They stay on the device wherever the page itself lives, until the page is released.
     """
@@ -33,6 +34,8 @@ def bounds(pool: PagePool, ids: np.ndarray) -> torch.Tensor:
         both = torch.stack([low, high], 1).to(pool.dtype).view(len(group), -1).view(torch.uint8)
         raw = torch.zeros(len(group), size, dtype=torch.uint8, device=keys.device)
         raw[:, : both.shape[1]] = both
-        pool.b_off[group] = pool.place_bounds(raw)
-    raw = pool.fetch_device(pool.b_off[ids], size)
+        (off,) = pool.alloc(0, len(group), size)
+        pageops.store(pool.arena(0).data, torch.from_numpy(off), raw)
+        pool.b_off[group] = off
+    raw = pageops.fetch(pool.arena(0).data, torch.from_numpy(pool.b_off[ids]), size)
     return raw[:, : 2 * dim * pool.dtype.itemsize].contiguous().view(pool.dtype).view(len(ids), 2, dim)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+
+from adaptivekv.kernels import pageops
 
 if TYPE_CHECKING:
     from adaptivekv.memory.pages import PagePool
@@ -12,20 +15,41 @@ if TYPE_CHECKING:
 
 def compact(pool: PagePool, tier: int) -> None:
     """Slide pages down around the fixed regions until the free room is in few extents."""
-    arena, taken = pool.arena(tier), []
-    fixed = sorted(pool.regions.items()) if tier == 0 else []
-    cursor, k = 0, 0
-    for off, size, where, page in pool.blocks(tier):
-        while k < len(fixed) and cursor + size > fixed[k][0]:
-            cursor, k = max(cursor, fixed[k][0] + fixed[k][1]), k + 1
-        if cursor < off:
-            arena.data[cursor : cursor + size] = arena.data[off : off + size].clone()
-            where[page] = off = cursor
-        cursor = off + size
-        taken.append((off, size))
-    edges = np.array(sorted(taken + fixed), np.int64).reshape(-1, 2)
+    arena = pool.arena(tier)
+    off, size, part, page = pool.blocks(tier)
+    fixed = np.array(sorted(pool.regions.items()) if tier == 0 else [], np.int64).reshape(-1, 2)
+    new = _slide(size, fixed, arena.capacity)
+    moved = np.flatnonzero(new != off)
+    data, step = arena.data, max(1, pool.staging_bytes)
+    # In address order through a buffer: nothing lands beyond where it started, so a wave never meets a later one.
+    wave = np.cumsum(size[moved]) // step
+    for now in np.split(moved, np.flatnonzero(np.diff(wave)) + 1):
+        held = []
+        for length in np.unique(size[now]).tolist():
+            at = now[size[now] == length]
+            source, target = pool.tables(tier, off[at], new[at])
+            buffer = torch.empty(len(at) * length, dtype=torch.uint8, device=pool.device)
+            packed = torch.arange(len(at), device=pool.device) * length
+            pageops.copy_parts(data, buffer, source, packed, length)
+            held.append((buffer, packed, target, length))
+        for buffer, packed, target, length in held:
+            pageops.copy_parts(buffer, data, packed, target, length)
+    for i, where in enumerate((pool.k_off, pool.v_off, pool.b_off)):
+        where[page[part == i]] = new[part == i]
+    edges = np.concatenate([np.stack([new, size], 1), fixed])
+    edges = edges[np.argsort(edges[:, 0])]
     starts = np.concatenate([[0], edges[:, 0] + edges[:, 1]])
     ends = np.concatenate([edges[:, 0], [arena.capacity]])
     arena.starts, arena.ends = starts[starts < ends], ends[starts < ends]
     for sequence in pool.sequences:
         sequence.touch()
+
+
+def _slide(size: np.ndarray, fixed: np.ndarray, capacity: int) -> np.ndarray:
+    """Lowest addresses for blocks of `size` bytes in their order, around the fixed regions [n, 2] (offset, bytes)."""
+    new, total, done, cursor = np.zeros_like(size), np.concatenate([[0], np.cumsum(size)]), 0, 0
+    for start, length in [*fixed.tolist(), [capacity, 0]]:
+        fits = int(np.searchsorted(total, total[done] + start - cursor, "right")) - 1
+        new[done:fits] = cursor + total[done:fits] - total[done]
+        done, cursor = max(done, fits), start + length
+    return new

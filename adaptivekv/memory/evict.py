@@ -1,77 +1,185 @@
-"""Token eviction that frees real pages: survivors of broken pages are packed into fresh ones."""
+"""Token eviction that frees real pages: survivors of broken pages are packed into fresh ones, losslessly."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from adaptivekv.kernels import CODECS, pageops
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.arena import ArenaFull
-from adaptivekv.memory.formats import BY_CODE, Format
+from adaptivekv.memory.change import staged, unstage
+from adaptivekv.memory.pages import HOST, Kind, PagePool
 from adaptivekv.memory.sequence import Sequence
+
+_FULL = np.array([(1 << n) - 1 for n in range(PAGE + 1)], np.uint64)  # slots 0 to n - 1, a bit each
+_POS_BYTES = PAGE * 4
 
 
 def evict(sequence: Sequence, layer: int, keep: np.ndarray) -> None:
-    """Keep the slots where `keep` [H, P, 64] is true and repack what is left of broken pages, head by head.
+    """`evict_all` for one layer: keep [H, P, 64]."""
+    evict_all(sequence, [keep if i == layer else None for i in range(len(sequence.ids))])
 
-    Whole pages that are kept stay as they are; survivors of the others fill new pages of the same format and
-    tier, so the freed pages are room at once.
+
+def evict_all(sequence: Sequence, keep: list[np.ndarray | None]) -> None:
+    """Keep the slots where `keep` (bool [H, P, 64] a layer, None: all) is true and repack what is left of broken pages.
+
+    Whole pages that are kept stay as they are; survivors of the others fill new pages of the same head, format and
+    tier, in the order of their positions. Where the new pages do not fit beside the old ones it goes head by head.
+    Raises ArenaFull where that does not fit either, which only shared pages can cause; heads done by then stay done.
     """
-    used, _ = sequence.slots(layer)
-    keep, pool = keep & used, sequence.pool
-    for h in range(len(sequence.ids[layer])):
-        ids = sequence.ids[layer][h]
-        left, had = keep[h].sum(1), used[h].sum(1)
-        broken = (ids >= 0) & (left < had)
-        if not broken.any():
-            continue
-        survivors = []
-        for group in pool.groups(ids[broken & (left > 0)]):
-            k, v = pool.read(group)
-            at = np.array([np.flatnonzero(ids == page)[0] for page in group])
-            index = torch.from_numpy(keep[h][at]).to(k.device)
-            k, v = k[index].to(pool.dtype), v[index].to(pool.dtype)
-            survivors.append((int(group[0]), k, v, pool.pos[group][keep[h][at]]))
-        kinds = [(BY_CODE[pool.code[page]], int(pool.tier[page])) for page, *_ in survivors]
-        _check_room(sequence, layer, ids[broken], kinds, survivors)
-        pool.release(ids[broken])
-        fresh = []
-        for kind in dict.fromkeys(kinds):
-            parts = [s for s, other in zip(survivors, kinds, strict=True) if other == kind]
-            k, v = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
-            fresh.append(_pack(sequence, layer, k, v, np.concatenate([p[3] for p in parts]), *kind))
-        kept = np.concatenate([ids[(ids >= 0) & ~broken], *fresh])
-        kept = kept[np.argsort(pool.pos[kept, 0], kind="stable")] if len(kept) else kept
-        sequence.ids[layer][h] = -1
-        sequence.ids[layer][h, : len(kept)] = kept
-        sequence.mass[layer][h] = np.nan
-    sequence.close_gaps(layer)
+    pool, (row, ids) = sequence.pool, sequence.cells()
+    count = np.where(ids >= 0, pool.count[ids], 0)
+    bits = _FULL[count] & np.concatenate([_bits(k, x) for k, x in zip(keep, sequence.ids, strict=True)])
+    broken = np.flatnonzero(np.bitwise_count(bits) < count)
+    if not len(broken):
+        return
+    rows, pages, bits = row[broken], ids[broken], bits[broken]
+    cuts, done = [np.arange(len(broken))], []
+    try:
+        try:
+            done.append(_repack(pool, rows, pages, bits, beside=True))
+        except ArenaFull:
+            cuts = np.split(cuts[0], np.flatnonzero(np.diff(rows)) + 1)
+            for cut in cuts:
+                done.append(_repack(pool, rows[cut], pages[cut], bits[cut], beside=False))
+    finally:
+        if done:
+            gone = np.concatenate(cuts[: len(done)])
+            _take(sequence, broken[gone], [stream for streams in done for stream in streams])
 
 
-def _check_room(sequence: Sequence, layer: int, broken: np.ndarray, kinds: list, survivors: list) -> None:
-    """Raise ArenaFull before anything is given up, if the fresh pages have no room (shared ones free none)."""
-    pool = sequence.pool
-    own = broken[pool.ref[broken] == 1]
-    for fmt, tier in dict.fromkeys(kinds):
-        slots = sum(len(s[3]) for s, kind in zip(survivors, kinds, strict=True) if kind == (fmt, tier))
-        freed = sum(pool.page_bytes(layer, BY_CODE[code]) for code in pool.code[own[pool.tier[own] == tier]])
-        if pool.arena(tier).free_bytes + freed < -(-slots // PAGE) * pool.page_bytes(layer, fmt):
+def _bits(keep: np.ndarray | None, ids: np.ndarray) -> np.ndarray:
+    """One uint64 a page: bit s is slot s."""
+    if keep is None:
+        return np.full(ids.size, _FULL[PAGE])
+    return np.packbits(keep.reshape(-1, PAGE), axis=1, bitorder="little").view("<u8").ravel()
+
+
+@dataclass
+class _Stream:
+    """Survivors of one kind of page, and the pages that they fill.
+
+    pages, bits, start: [n] where survivors lie, which slots, and the running number of the first (`pack_slots`).
+    row, layer, count: [m] of the new pages.
+    """
+
+    kind: Kind
+    pages: np.ndarray
+    bits: np.ndarray
+    start: np.ndarray
+    row: np.ndarray
+    layer: np.ndarray
+    count: np.ndarray
+    ids: np.ndarray  # [m], once they are claimed
+
+
+def _stream(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarray) -> _Stream:
+    """Number the survivors of broken pages, all of one kind, given head by head in table order."""
+    first, kind = pool.first[pages], pool.kind(pages[0])
+    clash = (rows[1:] == rows[:-1]) & (pool.last[pages[:-1]] >= first[1:])
+    if clash.any():  # pages of these heads interleave, as eviction leaves them: take them slot by slot
+        slots = np.isin(rows, rows[1:][clash])
+        at, slot = np.nonzero(np.unpackbits(bits[slots].view(np.uint8).reshape(-1, 8), axis=1, bitorder="little"))
+        at = np.flatnonzero(slots)[at]
+        first = np.concatenate([first[~slots], pool.pos[pages[at], slot]])
+        bits = np.concatenate([bits[~slots], np.left_shift(np.uint64(1), slot.astype(np.uint64))])
+        at = np.concatenate([np.flatnonzero(~slots), at])
+        order = np.lexsort((first, rows[at]))
+        first, bits, pages, rows = first[order], bits[order], pages[at[order]], rows[at[order]]
+    number = np.bitwise_count(bits).astype(np.int64)
+    begin = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
+    slots = np.add.reduceat(number, begin)  # of each head
+    size = (slots + PAGE - 1) // PAGE  # new pages of each head
+    ends = np.cumsum(size)
+    before = np.cumsum(number) - number
+    # every head begins a page of its own
+    start = before + np.repeat((ends - size) * PAGE - before[begin], np.diff(begin, append=len(rows)))
+    count = np.full(ends[-1], PAGE, np.int32)
+    count[ends - 1] = slots - PAGE * (size - 1)
+    row, layer = np.repeat(rows[begin], size), np.repeat(pool.layer[pages[begin]], size)
+    return _Stream(kind, pages, bits, start, row, layer, count, np.zeros(0, np.int64))
+
+
+def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarray, beside: bool) -> list[_Stream]:
+    """Pack the slots `bits` of broken pages into new ones, release the broken. ArenaFull: nothing happened.
+
+    beside: the new pages get room before the old ones lose theirs; else they wait in a temporary copy.
+    """
+    some = np.flatnonzero(bits)
+    streams = [_stream(pool, rows[some[at]], pages[some[at]], bits[some[at]]) for at in pool.kinds(pages[some])]
+    if beside:
+        _claim(pool, streams)
+        for s in streams:
+            data = pool.arena(s.kind.tier).data
+            off = pool.k_off[s.ids], pool.v_off[s.ids], s.ids * _POS_BYTES
+            _pack(pool, s, off, (data, data, _pos(pool)))
+        pool.release(pages)
+        return streams
+    own = pages[pool.ref[pages] == 1]
+    for tier in {s.kind.tier for s in streams}:
+        need = sum(len(s.count) * sum(s.kind.sizes) for s in streams if s.kind.tier == tier)
+        if pool.arena(tier).free_bytes + pool.sizes(own[pool.tier[own] == tier]).sum() < need:
             raise ArenaFull("arena full: no room to pack what eviction keeps of shared pages")
+    copies = []
+    for s in streams:
+        (k_off, v_off), buffer = staged(pool, s.kind, len(s.count))
+        pos = torch.empty(len(s.count) * _POS_BYTES, dtype=torch.uint8, device=pool.device)
+        _pack(pool, s, (k_off, v_off, np.arange(len(s.count)) * _POS_BYTES), (buffer, buffer, pos))
+        copies.append(([k_off, v_off], buffer, pos))
+    pool.release(pages)
+    _claim(pool, streams)
+    for s, (before, buffer, pos) in zip(streams, copies, strict=True):
+        unstage(pool, s.kind, [pool.k_off[s.ids], pool.v_off[s.ids]], before, buffer)
+        pool.pos[s.ids] = pos.view(torch.int32).view(-1, PAGE).cpu().numpy()
+    return streams
 
 
-def _pack(
-    sequence: Sequence, layer: int, k: torch.Tensor, v: torch.Tensor, pos: np.ndarray, fmt: Format, tier: int
-) -> np.ndarray:
-    """Seal [n, dim] slots of one head, in position order, into as few pages as they need."""
-    order = np.argsort(pos, kind="stable")
-    index = torch.from_numpy(order).to(k.device)
-    n = -(-len(pos) // PAGE)
-    pages = [x.new_zeros(n * PAGE, x.shape[1]) for x in (k, v)]
-    for page, x in zip(pages, (k, v), strict=True):
-        page[: len(pos)] = x[index]
-    page_pos = np.zeros(n * PAGE, np.int32)
-    page_pos[: len(pos)] = pos[order]
-    count = np.minimum(len(pos) - PAGE * np.arange(n), PAGE)
-    return sequence.pool.write(
-        layer, pages[0].view(n, PAGE, -1), pages[1].view(n, PAGE, -1), count, page_pos.reshape(n, PAGE), fmt, tier
-    )
+def _claim(pool: PagePool, streams: list[_Stream]) -> None:
+    """Give every stream its pages, or none."""
+    made: list[np.ndarray] = []
+    try:
+        for s in streams:
+            s.ids = pool.claim(s.layer, s.kind, s.count)
+            made.append(s.ids)
+    except ArenaFull:
+        for ids in made:
+            pool.release(ids)
+        raise
+
+
+def _pack(pool: PagePool, s: _Stream, off: tuple[np.ndarray, ...], into: tuple[torch.Tensor, ...]) -> None:
+    """Write keys, values and positions of the new pages to offsets [m] each in three buffers."""
+    source, (k, v) = pool.arena(s.kind.tier).data, s.kind.parts
+    bits = s.bits.view(np.int64)
+    before = pool.k_off[s.pages], pool.v_off[s.pages], s.pages * _POS_BYTES
+    tables = pool.tables(HOST, *before, *off, bits, s.start, s.count)  # HOST: positions live there
+    packs = (source, *k, pool.dtype), (source, *v, pool.dtype), (_pos(pool), CODECS["native"], 1, torch.int32)
+    mask, start, count = tables[6:]
+    for i, (data, codec, dim, dtype) in enumerate(packs):
+        pageops.pack_slots(data, into[i], tables[i], mask, start, tables[i + 3], count, codec, dim, dtype)
+
+
+def _pos(pool: PagePool) -> torch.Tensor:
+    """Positions as bytes: a page is 64 slots of one int32."""
+    return torch.from_numpy(pool.pos).view(torch.uint8).view(-1)
+
+
+def _take(sequence: Sequence, gone: np.ndarray, streams: list[_Stream]) -> None:
+    """Put new pages into the tables in place of the cells `gone`, in the order of positions."""
+    pool, (row, ids) = sequence.pool, sequence.cells()
+    mass = np.concatenate([m.ravel() for m in sequence.mass])
+    hit = np.zeros(row[-1] + 1, bool)
+    hit[row[gone]] = True
+    mass[hit[row]] = np.nan  # shares of what is no longer there
+    ids[gone] = -1
+    live = np.flatnonzero(ids >= 0)
+    made = np.concatenate([np.zeros(0, np.int64), *(s.ids for s in streams)])
+    pool.settle()  # a GPU packs positions as well
+    pool.set_pos(made)
+    rows, ids = np.concatenate([row[live], *(s.row for s in streams)]), np.concatenate([ids[live], made])
+    mass = np.concatenate([mass[live], np.full(len(made), np.nan, np.float32)])
+    order = np.argsort(rows << 32 | pool.first[ids], kind="stable")
+    sequence.assign(rows[order], ids[order], mass[order])

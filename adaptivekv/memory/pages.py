@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from adaptivekv.errors import BudgetError
-from adaptivekv.kernels import hadamard
-from adaptivekv.kernels.codec import PAGE, UNIT
+from adaptivekv.kernels import hadamard, pageops
+from adaptivekv.kernels.codec import PAGE, UNIT, Codec
 from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.compact import compact
 from adaptivekv.memory.formats import BY_CODE, CODES, Format
+from adaptivekv.memory.transfer import Transfer
 
 if TYPE_CHECKING:
     from adaptivekv.memory.sequence import Sequence
@@ -40,15 +40,39 @@ class LayerShape:
         return self.heads * (self.k_dim + self.v_dim)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What pages have in common that one launch can handle, whatever their layer and head."""
+
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    fmt: Format
+    tier: int
+
+    @property
+    def parts(self) -> tuple[tuple[Codec, int], tuple[Codec, int]]:
+        """Codec and size (elements) of the keys, and of the values."""
+        return (self.fmt.k, self.k_dim), (self.fmt.v, self.v_dim)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a page's keys and of its values."""
+        k, v = (codec.part_bytes(dim, self.dtype) for codec, dim in self.parts)
+        return k, v
+
+
 class PagePool:
     """Physical pages for any number of sequences of one model.
 
     A page holds `PAGE` slots of one KV head of one layer in one format on one tier. It is immutable once written;
     converting a shared page copies it. Where a slot stood in its request (`pos`) and how many slots are used
-    (`count`) is host metadata: no kernel reads positions, since keys keep their rotary position.
+    (`count`) is host metadata: no attention kernel reads positions, since keys keep their rotary position.
+    Wherever ids are taken they are distinct.
 
     device_bytes, host_bytes: capacities of the two arenas. The host arena is made on first use, pinned if the device
-    is a GPU. staging_bytes bounds the temporary copies of `read` and `convert`; callers count it beside the arena.
+    is a GPU. staging_bytes bounds the temporary copies of `read` and of changes (change.py); callers count it beside
+    the arena.
     """
 
     def __init__(
@@ -63,13 +87,24 @@ class PagePool:
         self.layers, self.dtype, self.device = layers, dtype, torch.device(device)
         self.staging_bytes, self.host_capacity = staging_bytes, host_bytes
         self.arenas: list[Arena | None] = [Arena(device_bytes, self.device), None]
+        self.transfer = Transfer(self.device, staging_bytes) if self.device.type == "cuda" else None
         self.sequences: list[Sequence] = []
         self.regions: dict[int, int] = {}  # offset -> bytes: tails and rings, at fixed addresses
+        # layers of equal sizes share kernels: the first layer of its sizes, for every layer
+        sizes = [(s.k_dim, s.v_dim) for s in layers]
+        self.model = np.array([sizes.index(size) for size in sizes], np.int32)
+        # bytes of a page part by layer and format code
+        self.k_bytes, self.v_bytes = (
+            np.array([[_bytes(getattr(f, part), dims[i], dtype) for f in BY_CODE] for dims in sizes])
+            for i, part in enumerate("kv")
+        )
         self.ref = np.zeros(0, np.int32)
-        # one entry a page: where its keys, values and bounds (-1: none) start, format code, tier, used slots, layer
+        # one entry a page: where its keys, values and bounds (-1: none) start, format code, tier, used slots, layer,
+        # positions of its slots and, apart because every decision asks, of the first and the last of them
         self.k_off, self.v_off, self.b_off = (np.zeros(0, np.int64) for _ in range(3))
         self.code, self.tier = np.zeros(0, np.int8), np.zeros(0, np.int8)
         self.count, self.layer = np.zeros(0, np.int32), np.zeros(0, np.int16)
+        self.first, self.last = np.zeros(0, np.int32), np.zeros(0, np.int32)
         self.pos = np.zeros((0, PAGE), np.int32)
         self.free_ids = np.zeros(0, np.int32)
         self.moved_bytes = 0  # between tiers, both directions
@@ -98,78 +133,121 @@ class PagePool:
     def region(self, size: int) -> tuple[int, torch.Tensor]:
         """A fixed run of `size` device bytes (a tail, a ring). Returns its offset and a uint8 view."""
         size = -(-size // UNIT) * UNIT
-        offset = int(self._alloc(DEVICE, size, 1)[0])
+        offset = int(self.alloc(DEVICE, 1, size)[0][0])
         self.regions[offset] = size
         return offset, self.arena(DEVICE).data[offset : offset + size]
 
     def free_region(self, offset: int) -> None:
         self.arena(DEVICE).free(np.array([offset]), self.regions.pop(offset))
 
-    def _alloc(self, tier: int, size: int, n: int) -> np.ndarray:
-        arena = self.arena(tier)
+    def alloc(self, tier: int, n: int, *sizes: int) -> list[np.ndarray]:
+        """Room for `n` blocks of each of `sizes` bytes, compacting if need be: offsets. All of them, or ArenaFull."""
+        self.fence()
         try:
-            return arena.alloc(size, n)
+            return _alloc(self.arena(tier), n, sizes)
         except ArenaFull:
-            if arena.free_bytes < n * size:
+            if self.arena(tier).free_bytes < n * sum(sizes):
                 raise
-            compact(self, tier)
-            return arena.alloc(size, n)
+        compact(self, tier)
+        return _alloc(self.arena(tier), n, sizes)
 
-    # -- pages -------------------------------------------------------------------------------------------------------
+    def fence(self) -> None:
+        """What comes next on the device sees, and does not disturb, the transfers under way."""
+        if self.transfer:
+            self.transfer.fence()
+
+    def settle(self) -> None:
+        """What comes next on the processor sees host pages and positions as they are now."""
+        if self.transfer:
+            self.transfer.settle()
+
+    # -- facts about pages -------------------------------------------------------------------------------------------
 
     def page_bytes(self, layer: int, fmt: Format) -> int:
         shape = self.layers[layer]
         return fmt.bytes(shape.k_dim, shape.v_dim, self.dtype)
 
+    def sizes(self, ids: np.ndarray) -> np.ndarray:
+        """Stored bytes of each page, int64 in the shape of `ids`."""
+        at = self.layer[ids], self.code[ids]
+        return self.k_bytes[at] + self.v_bytes[at]
+
     def column_bytes(self, fmt: Format) -> int:
         """One page for every head of every layer: what sealing a full tail takes."""
         return sum(s.heads * fmt.bytes(s.k_dim, s.v_dim, self.dtype) for s in self.layers)
 
-    def _parts(self, layer: int, fmt: Format) -> tuple[int, int]:
-        shape = self.layers[layer]
-        return fmt.k.part_bytes(shape.k_dim, self.dtype), fmt.v.part_bytes(shape.v_dim, self.dtype)
+    def kind(self, page: int) -> Kind:
+        shape = self.layers[self.layer[page]]
+        return Kind(shape.k_dim, shape.v_dim, self.dtype, BY_CODE[self.code[page]], int(self.tier[page]))
+
+    def kinds(self, ids: np.ndarray) -> list[np.ndarray | slice]:
+        """Which of `ids` are of one kind: an index for each kind, in order (a slice, which copies nothing, if all)."""
+        key = self.code[ids] * np.int8(len(TIERS)) + self.tier[ids]
+        if self.model.any():
+            key = key + self.model[self.layer[ids]] * (len(BY_CODE) * len(TIERS))
+        if len(ids) and (key == key[0]).all():
+            return [slice(None)]
+        return [np.flatnonzero(key == value) for value in np.unique(key)]
+
+    def groups(self, ids: np.ndarray) -> Iterator[np.ndarray]:
+        """Split ids by kind, in runs whose decoded copy fits the staging allowance."""
+        for at in self.kinds(ids):
+            group, kind = ids[at], self.kind(ids[at][0])
+            step = max(1, self.staging_bytes // (PAGE * (kind.k_dim + kind.v_dim) * 4))
+            for i in range(0, len(group), step):
+                yield group[i : i + step]
+
+    # -- pages -------------------------------------------------------------------------------------------------------
 
     def _take_ids(self, n: int) -> np.ndarray:
         if len(self.free_ids) < n:
-            old, grow = len(self.ref), max(n, 256, len(self.ref))
-            for name in ("ref", "k_off", "v_off", "b_off", "code", "tier", "count", "layer"):
-                entries = getattr(self, name)
-                empty = np.full(grow, -1 if name == "b_off" else 0, entries.dtype)
-                setattr(self, name, np.concatenate([entries, empty]))
-            self.pos = np.concatenate([self.pos, np.zeros((grow, PAGE), np.int32)])
-            self.free_ids = np.concatenate([self.free_ids, np.arange(old, old + grow, dtype=np.int32)])
+            self._more_ids(n)
         ids, self.free_ids = self.free_ids[:n], self.free_ids[n:]
+        return ids.astype(np.int64)  # numpy indexes with it twice as fast
+
+    def _more_ids(self, n: int) -> None:
+        """Make at least `n` more page ids."""
+        old, grow = len(self.ref), max(n, 256, len(self.ref))
+        for name in ("ref", "k_off", "v_off", "b_off", "code", "tier", "count", "layer", "first", "last"):
+            entries = getattr(self, name)
+            empty = np.full(grow, -1 if name == "b_off" else 0, entries.dtype)
+            setattr(self, name, np.concatenate([entries, empty]))
+        self.settle()  # positions may be on their way
+        # pinned beside a GPU: `evict` lets the kernel that packs slots pack their positions as well
+        pos = torch.empty(old + grow, PAGE, dtype=torch.int32, pin_memory=self.transfer is not None).numpy()
+        pos[:old] = self.pos
+        self.pos = pos
+        self.free_ids = np.concatenate([self.free_ids, np.arange(old, old + grow, dtype=np.int32)])
+
+    def claim(self, layer: np.ndarray | int, kind: Kind, count: np.ndarray) -> np.ndarray:
+        """New pages with room but no content or positions yet; nothing happens if it raises ArenaFull. Ids [n]."""
+        off = self.alloc(kind.tier, len(count), *kind.sizes)
+        ids = self._take_ids(len(count))
+        self.place(ids, kind, off)
+        self.layer[ids], self.count[ids], self.ref[ids] = layer, count, 1
         return ids
 
-    def _place(self, ids: np.ndarray, layer: int, fmt: Format, tier: int) -> None:
-        """Give `ids` room for their parts; all or nothing."""
-        k_size, v_size = self._parts(layer, fmt)
-        k_off = self._alloc(tier, k_size, len(ids))
-        try:
-            v_off = self.arena(tier).alloc(v_size, len(ids))
-        except ArenaFull:
-            self.arena(tier).free(k_off, k_size)
-            if self.arena(tier).free_bytes < len(ids) * (k_size + v_size):
-                raise
-            compact(self, tier)
-            k_off, v_off = self.arena(tier).alloc(k_size, len(ids)), self.arena(tier).alloc(v_size, len(ids))
-        self.k_off[ids], self.v_off[ids] = k_off, v_off
-        self.code[ids], self.tier[ids], self.layer[ids] = CODES[fmt.name], tier, layer
+    def set_pos(self, ids: np.ndarray, pos: np.ndarray | None = None) -> None:
+        """Positions [n, 64] of the slots of pages whose counts are known (None: they are in `pos` already)."""
+        if pos is not None:
+            self.pos[ids] = pos
+        self.first[ids], self.last[ids] = self.pos[ids, 0], self.pos[ids, self.count[ids] - 1]
 
-    def _vacate(self, ids: np.ndarray) -> None:
-        """Free the bytes of pages, whatever their tier, format and layer."""
-        key = self.tier[ids].astype(np.int64) * 10**6 + self.layer[ids].astype(np.int64) * 100 + self.code[ids]
-        for value in np.unique(key):
-            group = ids[key == value]
-            tier, layer, fmt = int(self.tier[group[0]]), int(self.layer[group[0]]), BY_CODE[self.code[group[0]]]
-            k_size, v_size = self._parts(layer, fmt)
-            sizes = np.repeat([k_size, v_size], len(group))
-            self.arena(tier).free(np.concatenate([self.k_off[group], self.v_off[group]]), sizes)
+    def place(self, ids: np.ndarray, kind: Kind, off: list[np.ndarray]) -> None:
+        """Say that pages lie at `off` from now on (keys, values), as pages of `kind`."""
+        self.k_off[ids], self.v_off[ids] = off
+        self.code[ids], self.tier[ids] = CODES[kind.fmt.name], kind.tier
+
+    def vacate(self, ids: np.ndarray) -> None:
+        """Free the bytes of pages of one kind."""
+        kind = self.kind(ids[0])
+        for off, size in zip((self.k_off, self.v_off), kind.sizes, strict=True):
+            self.arena(kind.tier).free(off[ids], size)
         self.tier[ids] = -1  # nowhere, until placed again
 
     def write(
         self,
-        layer: int,
+        layer: np.ndarray | int,
         k: torch.Tensor,
         v: torch.Tensor,
         count: np.ndarray,
@@ -178,168 +256,105 @@ class PagePool:
         tier: int = DEVICE,
     ) -> np.ndarray:
         """Seal new pages. k [n, 64, k_dim], v [n, 64, v_dim] un-rotated, count [n], pos [n, 64]. Returns ids [n]."""
-        return self.adopt(layer, self._encode(k, v, fmt), count, pos, fmt, tier)
+        if fmt.rotate:
+            k, v = hadamard(k.float()), hadamard(v.float())
+        return self.adopt(layer, (fmt.k.encode(k, self.dtype), fmt.v.encode(v, self.dtype)), count, pos, fmt, tier)
 
     def adopt(
         self,
-        layer: int,
+        layer: np.ndarray | int,
         raw: tuple[torch.Tensor, torch.Tensor],
         count: np.ndarray,
         pos: np.ndarray,
         fmt: Format,
         tier: int,
     ) -> np.ndarray:
-        """New pages from stored bytes (uint8 [n, k_bytes], [n, v_bytes]), as `raw` gives them."""
-        ids = self._take_ids(len(raw[0]))
-        try:
-            self._place(ids, layer, fmt, tier)
-        except ArenaFull:
-            self.free_ids = np.concatenate([ids, self.free_ids])
-            raise
-        self._put(ids, raw)
-        self.count[ids], self.pos[ids], self.ref[ids] = count, pos, 1
+        """New pages from stored bytes (uint8 [n, k_bytes], [n, v_bytes]), as `raw` gives them.
+
+        layer: of all of them, or [n] layers of one size.
+        """
+        shape = self.layers[int(np.ravel(layer)[0])]
+        # As many ids to spare as there are pages: a change of plan must not have to pin memory first.
+        if len(self.free_ids) - len(count) < (live := len(self.ref) - len(self.free_ids)):
+            self._more_ids(len(count) + live)
+        ids = self.claim(layer, Kind(shape.k_dim, shape.v_dim, self.dtype, fmt, tier), count)
+        self.set_pos(ids, pos)
+        if tier == HOST:
+            self.settle()
+        for off, part in zip((self.k_off, self.v_off), raw, strict=True):
+            pageops.store(self.arena(tier).data, torch.from_numpy(off[ids]), part)
         return ids
 
-    def _encode(self, k: torch.Tensor, v: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, torch.Tensor]:
-        if fmt.rotate:
-            k, v = hadamard(k.float()), hadamard(v.float())
-        return fmt.k.encode(k, self.dtype), fmt.v.encode(v, self.dtype)
-
-    def _put(self, ids: np.ndarray, raw: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Copy stored bytes to where `ids` (one tier) are placed."""
-        if not len(ids):
-            return
-        arena = self.arena(int(self.tier[ids[0]]))
-        for off, part in zip((self.k_off, self.v_off), raw, strict=True):
-            rows, index = self._rows(arena, off[ids], part.shape[1])
-            rows.index_copy_(0, index, part.reshape(-1, UNIT).to(rows.device))
-
-    @staticmethod
-    def _rows(arena: Arena, off: np.ndarray, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The arena as rows of UNIT bytes, and the rows of blocks of `size` bytes at `off`."""
-        index = (off[:, None] // UNIT + np.arange(size // UNIT)).reshape(-1)
-        return arena.data.view(-1, UNIT), torch.from_numpy(index).to(arena.data.device)
-
     def raw(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stored bytes of pages of one layer, format and tier: uint8 [n, k_bytes], [n, v_bytes], on that tier."""
-        arena, fmt = self.arena(int(self.tier[ids[0]])), BY_CODE[self.code[ids[0]]]
-        k_size, v_size = self._parts(int(self.layer[ids[0]]), fmt)
-        return self._fetch(arena, self.k_off[ids], k_size), self._fetch(arena, self.v_off[ids], v_size)
+        """Stored bytes of pages of one kind: uint8 [n, k_bytes], [n, v_bytes], on their tier."""
+        return self._raw(ids, 0), self._raw(ids, 1)
 
-    def _fetch(self, arena: Arena, off: np.ndarray, size: int) -> torch.Tensor:
-        rows, index = self._rows(arena, off, size)
-        return rows.index_select(0, index).view(len(off), size)
+    def _raw(self, ids: np.ndarray, part: int) -> torch.Tensor:
+        kind, off = self.kind(ids[0]), (self.k_off, self.v_off)[part]
+        if kind.tier == HOST:
+            self.settle()
+        return pageops.fetch(self.arena(kind.tier).data, torch.from_numpy(off[ids]), kind.sizes[part])
 
     def read(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages of one layer, format and tier, decoded and un-rotated: float32 [n, 64, k_dim], [n, 64, v_dim]."""
-        shape, fmt = self.layers[self.layer[ids[0]]], BY_CODE[self.code[ids[0]]]
-        k_raw, v_raw = (r.to(self.device) for r in self.raw(ids))
-        k = fmt.k.decode(k_raw, shape.k_dim, self.dtype)
-        v = fmt.v.decode(v_raw, shape.v_dim, self.dtype)
-        return (hadamard(k), hadamard(v)) if fmt.rotate else (k, v)
+        """Pages of one kind, decoded and un-rotated: float32 [n, 64, k_dim], [n, 64, v_dim]."""
+        return self._decode(ids, 0), self._decode(ids, 1)
 
     def keys(self, ids: np.ndarray) -> torch.Tensor:
         """The keys alone, as `read` gives them: float32 [n, 64, k_dim]."""
-        layer, fmt, arena = int(self.layer[ids[0]]), BY_CODE[self.code[ids[0]]], self.arena(int(self.tier[ids[0]]))
-        raw = self._fetch(arena, self.k_off[ids], self._parts(layer, fmt)[0]).to(self.device)
-        k = fmt.k.decode(raw, self.layers[layer].k_dim, self.dtype)
-        return hadamard(k) if fmt.rotate else k
+        return self._decode(ids, 0)
 
-    def place_bounds(self, raw: torch.Tensor) -> np.ndarray:
-        """Room on the device for page bounds, uint8 [n, bytes]. Returns offsets [n]."""
-        off = self._alloc(DEVICE, raw.shape[1], len(raw))
-        rows, index = self._rows(self.arena(DEVICE), off, raw.shape[1])
-        rows.index_copy_(0, index, raw.view(-1, UNIT))
-        return off
-
-    def fetch_device(self, off: np.ndarray, size: int) -> torch.Tensor:
-        """Blocks of `size` bytes of the device arena: uint8 [n, size]."""
-        return self._fetch(self.arena(DEVICE), off, size)
-
-    def groups(self, ids: np.ndarray) -> Iterable[np.ndarray]:
-        """Split ids of one layer by format and tier, in runs small enough for the staging allowance."""
-        if not len(ids):
-            return
-        key = self.code[ids].astype(np.int32) * 2 + self.tier[ids]
-        shape = self.layers[self.layer[ids[0]]]
-        step = max(1, self.staging_bytes // (PAGE * (shape.k_dim + shape.v_dim) * 4))
-        for value in np.unique(key):
-            group = ids[key == value]
-            for i in range(0, len(group), step):
-                yield group[i : i + step]
+    def _decode(self, ids: np.ndarray, part: int) -> torch.Tensor:
+        kind = self.kind(ids[0])
+        codec, dim = kind.parts[part]
+        x = codec.decode(self._raw(ids, part).to(self.device), dim, self.dtype)
+        return hadamard(x) if kind.fmt.rotate else x
 
     def retain(self, ids: np.ndarray) -> None:
-        np.add.at(self.ref, ids, 1)
+        self.ref[ids] += 1
 
     def release(self, ids: np.ndarray) -> None:
         """Drop one reference each; pages nobody refers to any more give their bytes back."""
-        np.subtract.at(self.ref, ids, 1)
-        assert (self.ref[ids] >= 0).all(), "page released twice"
-        dead = np.unique(ids[self.ref[ids] == 0])
-        self._vacate(dead)
-        for layer in np.unique(self.layer[dead]):
-            bound = dead[(self.layer[dead] == layer) & (self.b_off[dead] >= 0)]
-            self.arena(DEVICE).free(self.b_off[bound], bounds_bytes(self, layer))
-            self.b_off[bound] = -1
+        left = self.ref[ids] - 1
+        assert (left >= 0).all(), "page released twice"
+        self.ref[ids] = left
+        dead = ids[left == 0]
+        bound = dead[self.b_off[dead] >= 0]
+        for at in self.kinds(dead):
+            self.vacate(dead[at])
+        for model in np.unique(self.model[self.layer[bound]]):
+            some = bound[self.model[self.layer[bound]] == model]
+            self.arena(DEVICE).free(self.b_off[some], bounds_bytes(self, model))
+            self.b_off[some] = -1
         self.free_ids = np.concatenate([dead.astype(np.int32), self.free_ids])
 
-    def convert(self, ids: np.ndarray, fmt: Format) -> np.ndarray:
-        """Re-encode one of `groups`, in place where nobody else refers to a page. Returns the ids to use now."""
-        k, v = self.read(ids)
-        layer, tier, shared = int(self.layer[ids[0]]), int(self.tier[ids[0]]), self.ref[ids] > 1
-        out = ids.copy()
-        if not shared.all():
-            own, at = ids[~shared], torch.from_numpy(np.flatnonzero(~shared)).to(k.device)
-            self._vacate(own)  # before placing: a demotion always fits in the room it leaves
-            self._place(own, layer, fmt, tier)
-            self._put(own, self._encode(k[at], v[at], fmt))
-        if shared.any():
-            old, at = ids[shared], torch.from_numpy(np.flatnonzero(shared)).to(k.device)
-            out[shared] = self.write(layer, k[at], v[at], self.count[old], self.pos[old], fmt, tier)
-            self.release(old)
-        return out
+    def tables(self, tier: int, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Arrays as int64 for kernels that work on pages of `tier`, in one transfer.
 
-    def move(self, ids: np.ndarray, tier: int) -> None:
-        """Copy pages of one layer to `tier`, bytes unchanged (shared pages too: only where they live changes)."""
-        for group in self.groups(ids[self.tier[ids] != tier]):
-            raw = self.raw(group)
-            layer, fmt, old = int(self.layer[group[0]]), BY_CODE[self.code[group[0]]], int(self.tier[group[0]])
-            before = self.k_off[group], self.v_off[group]
-            self._place(group, layer, fmt, tier)
-            self._put(group, raw)
-            for off, part in zip(before, raw, strict=True):
-                self.arena(old).free(off, part.shape[1])
-                self.moved_bytes += part.numel()
+        On a GPU the kernels reach host pages themselves, since these are pinned.
+        """
+        if tier == HOST and self.transfer:
+            self.fence()
+            self.transfer.idle = False
+        joined = torch.from_numpy(np.concatenate(arrays, dtype=np.int64)).to(self.device)
+        return list(joined.split([len(a) for a in arrays]))
 
-    def shorten(self, ids: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Keep only the first `count` slots of pages of one layer; shared pages are copied. Returns the ids to use."""
-        out = ids.copy()
-        for i, page in enumerate(ids):
-            if self.ref[page] > 1:
-                fmt, one = BY_CODE[self.code[page]], ids[i : i + 1]
-                layer, tier = int(self.layer[page]), int(self.tier[page])
-                out[i] = self.adopt(layer, self.raw(one), self.count[one], self.pos[one], fmt, tier)[0]
-                self.release(one)
-            self.count[out[i]] = count[i]
-        return out
+    # -- all there is ------------------------------------------------------------------------------------------------
 
-    def blocks(self, tier: int) -> list[tuple[int, int, np.ndarray, int]]:
-        """Every block of pages on a tier: offset, bytes, the array that says where it is, page."""
-        out: list[tuple[int, int, np.ndarray, int]] = []
-        for page in np.flatnonzero(self.ref > 0).tolist():
-            layer = int(self.layer[page])
-            if self.tier[page] == tier:
-                k_size, v_size = self._parts(layer, BY_CODE[self.code[page]])
-                out += [
-                    (int(self.k_off[page]), k_size, self.k_off, page),
-                    (int(self.v_off[page]), v_size, self.v_off, page),
-                ]
-            if tier == DEVICE and self.b_off[page] >= 0:
-                out.append((int(self.b_off[page]), bounds_bytes(self, layer), self.b_off, page))
-        return sorted(out, key=lambda block: block[0])
+    def blocks(self, tier: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Every block of pages on a tier by address: offsets, bytes, 0 to 2 (keys, values, bounds), page; [n] each."""
+        live = np.flatnonzero((self.ref > 0) & (self.tier == tier))
+        bound = np.flatnonzero((self.ref > 0) & (self.b_off >= 0)) if tier == DEVICE else live[:0]
+        at = self.layer[live], self.code[live]
+        bounds_size = np.array([bounds_bytes(self, layer) for layer in range(len(self.layers))])
+        off = np.concatenate([self.k_off[live], self.v_off[live], self.b_off[bound]])
+        size = np.concatenate([self.k_bytes[at], self.v_bytes[at], bounds_size[self.layer[bound]]])
+        part = np.repeat([0, 1, 2], [len(live), len(live), len(bound)])
+        order = np.argsort(off)
+        return off[order], size[order], part[order], np.concatenate([live, live, bound])[order]
 
     def check_integrity(self) -> None:
         """References equal counts, nothing leaked, bytes add up, no two blocks overlap."""
+        self.settle()
         refs = np.zeros_like(self.ref)
         for sequence in self.sequences:
             sequence.check_integrity()
@@ -351,10 +366,30 @@ class PagePool:
             if arena is None:
                 continue
             arena.check_integrity()
-            spans = [(off, size) for off, size, *_ in self.blocks(tier)]
-            spans = sorted(spans + (list(self.regions.items()) if tier == DEVICE else []))
-            assert all(a + n <= b for (a, n), (b, _) in pairwise(spans)), "blocks overlap"
-            assert sum(n for _, n in spans) == arena.used, "bytes do not add up"
+            off, size, *_ = self.blocks(tier)
+            if tier == DEVICE:
+                off = np.concatenate([off, np.array(list(self.regions), np.int64)])
+                size = np.concatenate([size, np.array(list(self.regions.values()), np.int64)])
+            order = np.argsort(off)
+            assert (off[order][:-1] + size[order][:-1] <= off[order][1:]).all(), "blocks overlap"
+            assert size.sum() == arena.used, "bytes do not add up"
+
+
+def _bytes(codec: Codec, dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a part; 0 where the codec does not take the head size, which no page can then have."""
+    return codec.part_bytes(dim, dtype) if codec.native or dim * codec.bits % 8 == 0 else 0
+
+
+def _alloc(arena: Arena, n: int, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    out: list[np.ndarray] = []
+    try:
+        for size in sizes:
+            out.append(arena.alloc(size, n))
+    except ArenaFull:
+        for off, size in zip(out, sizes, strict=False):
+            arena.free(off, size)
+        raise
+    return out
 
 
 def too_small(what: str, need: int, have: int) -> BudgetError:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from adaptivekv.kernels import PageBatch
+from adaptivekv.kernels import PageBatch, pageops
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory import change
 from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
-from adaptivekv.memory.pages import DEVICE, PagePool
+from adaptivekv.memory.pages import DEVICE, HOST, Kind, PagePool
 
 if TYPE_CHECKING:
     from adaptivekv.memory.pages import LayerShape
@@ -51,6 +53,7 @@ class Sequence:
         self.retrieve: Picker | None = None  # which pages a decode step reads (None: all)
         self._batches: list[list[tuple[PageBatch, np.ndarray]] | None] = [None] * len(pool.layers)
         self._regions: list[int] = []
+        self.version = 0  # rises whenever pages change or move
         self.ring: list[torch.Tensor] = []  # per layer [q_heads, window, k_dim]
         self.ring_fill = 0  # queries it holds
         item = pool.dtype.itemsize
@@ -59,6 +62,8 @@ class Sequence:
                 self._region_views([(s.heads, PAGE, s.k_dim), (s.heads, PAGE, s.v_dim)], item) for s in pool.layers
             ]
             self.tail_k, self.tail_v = [v[0] for v in views], [v[1] for v in views]
+            for view in self.tail_k + self.tail_v:
+                view.zero_()  # a kernel may read past the last token: what it finds must be numbers
             if window:
                 self.open_ring(window)
         except ArenaFull:
@@ -129,6 +134,50 @@ class Sequence:
         self.tail_k[layer][:, :rest] = k[:, full * PAGE :]
         self.tail_v[layer][:, :rest] = v[:, full * PAGE :]
 
+    def extend(self) -> None:
+        """Count a token that an outside writer (a CUDA graph) has put into the tail of every layer."""
+        self.tail_pos[self.tail_len] = self.length
+        self.tail_len, self.length = self.tail_len + 1, self.length + 1
+
+    def tail_offsets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tails lie in the device arena: bytes, keys and values [layers, heads]; layers of one shape."""
+        shape, item, base = self.pool.layers[0], self.pool.dtype.itemsize, np.array(self._regions)
+        head, layers = np.arange(shape.heads), len(self.pool.layers)
+        keys = base[:layers, None] + head * PAGE * shape.k_dim * item
+        return keys, base[:layers, None] + PAGE * item * (shape.heads * shape.k_dim + head * shape.v_dim)
+
+    def seal(self) -> None:
+        """Turn a full tail, written from outside (a CUDA graph), into native pages of all layers and heads at once.
+
+        Needs `tail_len` 64 and the positions in `tail_pos`; afterwards the tail is empty. ArenaFull changes nothing.
+        """
+        assert self.tail_len == PAGE
+        pool, heads = self.pool, np.array([s.heads for s in self.pool.layers])
+        layer = np.repeat(np.arange(len(heads)), heads)  # of each head
+        head = np.arange(len(layer)) - np.repeat(np.cumsum(heads) - heads, heads)
+        ids = np.full(len(layer), -1, np.int32)
+        try:
+            for model in np.unique(pool.model):
+                mine, shape = pool.model[layer] == model, pool.layers[model]
+                kind = Kind(shape.k_dim, shape.v_dim, pool.dtype, NATIVE, DEVICE)
+                ids[mine] = pool.claim(layer[mine], kind, np.full(mine.sum(), PAGE))
+        except ArenaFull:
+            pool.release(ids[ids >= 0])
+            raise
+        pool.set_pos(ids, np.broadcast_to(self.tail_pos, (len(ids), PAGE)))
+        data, base = pool.arena(DEVICE).data, np.array(self._regions)[layer]
+        for model in np.unique(pool.model):
+            mine, shape = pool.model[layer] == model, pool.layers[model]
+            k_size, v_size = (PAGE * dim * pool.dtype.itemsize for dim in (shape.k_dim, shape.v_dim))
+            k_from = (base + head * k_size)[mine]
+            v_from = (base + heads[layer] * k_size + head * v_size)[mine]
+            tables = pool.tables(DEVICE, k_from, v_from, pool.k_off[ids[mine]], pool.v_off[ids[mine]])
+            for i, size in enumerate((k_size, v_size)):
+                pageops.copy_parts(data, data, tables[i], tables[i + 2], size)
+        for i, column in enumerate(np.split(ids, np.cumsum(heads)[:-1])):
+            self._add_pages(i, column[:, None])
+        self.tail_len = 0
+
     def commit(self, pos: np.ndarray) -> None:
         """Close the step: every layer has appended the tokens at `pos` [n]."""
         held = np.concatenate([self.tail_pos[: self.tail_len], pos])
@@ -161,6 +210,7 @@ class Sequence:
 
     def touch(self, layer: int | None = None) -> None:
         """Forget what attention prepared for a layer (all layers), because its pages changed or moved."""
+        self.version += 1
         for i in range(len(self._batches)) if layer is None else (layer,):
             self._batches[i] = None
 
@@ -185,6 +235,8 @@ class Sequence:
             cols = np.where(here, cols, -1)
             page = np.where(here, np.take_along_axis(ids, np.maximum(cols, 0), 1), 0)
             fmt, tier = BY_CODE[value // 2], int(value % 2)
+            if tier == HOST:
+                pool.settle()
             arena = pool.arena(tier).data
             count = np.where(here, pool.count[page], 0).astype(np.int32)
             k_off, v_off = (np.where(here, off[page], 0) for off in (pool.k_off, pool.v_off))
@@ -213,39 +265,73 @@ class Sequence:
         for ids in self.ids:
             yield ids[ids >= 0]
 
-    def convert(self, layer: int, select: np.ndarray, fmt: Format) -> None:
-        """Re-encode the selected pages (bool like `ids[layer]`) in `fmt`; all but what ArenaFull prevents."""
-        table = self.ids[layer]
-        cells = np.flatnonzero((table >= 0) & select)
-        where = dict(zip(table.flat[cells].tolist(), cells.tolist(), strict=True))
-        self.touch(layer)
-        for group in self.pool.groups(table.flat[cells]):
-            table.flat[[where[page] for page in group.tolist()]] = self.pool.convert(group, fmt)
+    def convert(self, select: list[np.ndarray], fmt: Format) -> None:
+        """Re-encode the selected pages (a bool array like `ids[layer]` for each layer) in `fmt`.
 
-    def move(self, layer: int, select: np.ndarray, tier: int) -> None:
-        """Bring the selected pages (bool like `ids[layer]`) to `tier`; all but what ArenaFull prevents."""
-        chosen = (self.ids[layer] >= 0) & select
+        All but what ArenaFull prevents: copies of shared pages, for the others fit the room they leave.
+        """
+        table, cells = self._chosen(select)
+        self.touch()
+        for at in self.pool.kinds(table[cells]):
+            old = table[cells[at]]
+            new = change.convert(self.pool, old, fmt)
+            if new is not old:  # copied
+                table[cells[at]] = new
+                self._fill(table)
+
+    def move(self, select: list[np.ndarray], tier: int) -> None:
+        """Bring the selected pages (a bool array like `ids[layer]` for each layer) to `tier`.
+
+        All but the kinds of page for which ArenaFull is raised.
+        """
+        table, cells = self._chosen(select)
         for sequence in self.pool.sequences:  # the pages may be shared
-            sequence.touch(layer)
-        self.pool.move(self.ids[layer][chosen], tier)
+            sequence.touch()
+        change.move(self.pool, table[cells], tier)
 
-    def drop(self, layer: int, select: np.ndarray) -> None:
-        """Evict whole pages (bool like `ids[layer]`)."""
-        chosen = (self.ids[layer] >= 0) & select
-        if chosen.any():
-            gone = self.ids[layer][chosen]
-            self.ids[layer][chosen] = -1
-            self.close_gaps(layer)
+    def drop(self, select: list[np.ndarray]) -> None:
+        """Evict the selected pages whole (a bool array like `ids[layer]` for each layer)."""
+        table, cells = self._chosen(select)
+        if len(cells):
+            gone = table[cells]
+            table[cells] = -1
+            row, _ = self.cells()
+            live = table >= 0
+            self.assign(row[live], table[live], np.concatenate([m.ravel() for m in self.mass])[live])
             self.pool.release(gone)
 
-    def close_gaps(self, layer: int) -> None:
-        """Pack each head's pages to the left, in order."""
-        order = np.argsort(self.ids[layer] < 0, axis=1, kind="stable")
-        self.ids[layer] = np.take_along_axis(self.ids[layer], order, 1)
-        self.mass[layer] = np.take_along_axis(self.mass[layer], order, 1)
-        width = int((self.ids[layer] >= 0).sum(1).max(initial=0))
-        self.ids[layer], self.mass[layer] = self.ids[layer][:, :width].copy(), self.mass[layer][:, :width].copy()
-        self.touch(layer)
+    def cells(self) -> tuple[np.ndarray, np.ndarray]:
+        """All tables end to end: the head of each cell, numbered through all layers, and its page (-1: none)."""
+        widths = np.repeat([ids.shape[1] for ids in self.ids], [len(ids) for ids in self.ids])
+        return np.repeat(np.arange(len(widths)), widths), np.concatenate(
+            [ids.ravel() for ids in self.ids], dtype=np.int64
+        )
+
+    def _chosen(self, select: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """All tables end to end (int64, which numpy indexes with twice as fast), and the selected cells with a page."""
+        table = np.concatenate([ids.ravel() for ids in self.ids], dtype=np.int64)
+        chosen = np.concatenate([s.ravel() for s in select])
+        return table, np.flatnonzero(chosen & (table >= 0))
+
+    def _fill(self, table: np.ndarray) -> None:
+        """Take over the page ids of tables laid end to end; no shape changes."""
+        ends = np.cumsum([ids.size for ids in self.ids])
+        for ids, part in zip(self.ids, np.split(table, ends[:-1]), strict=True):
+            ids[:] = part.reshape(ids.shape)
+
+    def assign(self, row: np.ndarray, ids: np.ndarray, mass: np.ndarray) -> None:
+        """Make all tables anew: page ids and their masses, head by head through all layers (`row`, sorted)."""
+        heads = np.cumsum([0, *(len(x) for x in self.ids)])
+        count = np.bincount(row, minlength=heads[-1])
+        column = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        width = int(count.max(initial=0))
+        all_ids, all_mass = np.full((heads[-1], width), -1, np.int32), np.full((heads[-1], width), np.nan, np.float32)
+        all_ids[row, column], all_mass[row, column] = ids, mass
+        for layer, (first, last) in enumerate(pairwise(heads.tolist())):
+            width = int(count[first:last].max(initial=0))
+            self.ids[layer] = all_ids[first:last, :width].copy()
+            self.mass[layer] = all_mass[first:last, :width].copy()
+        self.touch()
 
     def slots(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the sealed slots of a layer stand: used [H, P, 64] bool, original position [H, P, 64]."""
@@ -258,8 +344,8 @@ class Sequence:
         ids = self.ids[layer][head]
         out = torch.zeros(len(ids), PAGE, self.pool.layers[layer].k_dim, device=self.pool.device)
         for group in self.pool.groups(ids[ids >= 0]):
-            at = torch.from_numpy(np.flatnonzero(np.isin(ids, group))).to(out.device)
-            out[at] = self.pool.keys(ids[at.cpu().numpy()])
+            at = np.flatnonzero(np.isin(ids, group))
+            out[torch.from_numpy(at).to(out.device)] = self.pool.keys(ids[at])
         used = torch.from_numpy(np.arange(PAGE) < np.where(ids >= 0, self.pool.count[ids], 0)[:, None])
         return (out * used[..., None].to(out.device)).view(-1, out.shape[-1])
 
@@ -268,14 +354,14 @@ class Sequence:
         assert 0 <= length <= self.length
         kept = int((self.tail_pos[: self.tail_len] < length).sum())
         if kept == 0:
+            left = []
             for layer, ids in enumerate(self.ids):
                 used, pos = self.slots(layer)
-                left = (used & (pos < length)).sum(2)
-                cut = (ids >= 0) & (left < used.sum(2)) & (left > 0)
-                if cut.any():
-                    ids[cut] = self.pool.shorten(ids[cut], left[cut])
-                self.drop(layer, (ids >= 0) & (left == 0))
-                self.touch(layer)
+                left.append((used & (pos < length)).sum(2))
+                cut = (ids >= 0) & (left[layer] < used.sum(2)) & (left[layer] > 0)
+                ids[cut] = change.shorten(self.pool, ids[cut], left[layer][cut])
+            self.drop([n == 0 for n in left])
+            self.touch()
         self.tail_len, self.length = kept, length
 
     def fork(self) -> Sequence:
@@ -295,8 +381,7 @@ class Sequence:
 
     def free(self) -> None:
         """Give everything back. The sequence is unusable afterwards."""
-        for ids in self.pages():
-            self.pool.release(ids)
+        self.pool.release(np.concatenate(list(self.pages()), dtype=np.int64))
         self.ids = [np.full((s.heads, 0), -1, np.int32) for s in self.pool.layers]
         self._free_regions()
         self.pool.sequences.remove(self)
@@ -311,13 +396,13 @@ class Sequence:
 
     def bytes(self, tier: int = DEVICE) -> int:
         """Bytes of the sealed pages on `tier` (shared pages count whole); on the device also bounds, tail and ring."""
-        total = 0
-        for layer, ids in enumerate(self.pages()):
-            codes, n = np.unique(self.pool.code[ids[self.pool.tier[ids] == tier]], return_counts=True)
-            total += sum(int(c) * self.pool.page_bytes(layer, BY_CODE[code]) for code, c in zip(codes, n, strict=True))
-            if tier == DEVICE:
-                total += int((self.pool.b_off[ids] >= 0).sum()) * bounds_bytes(self.pool, layer)
-        return total + (sum(self.pool.regions[r] for r in self._regions) if tier == DEVICE else 0)
+        pool, ids = self.pool, np.concatenate(list(self.pages()))
+        total = int(pool.sizes(ids[pool.tier[ids] == tier]).sum())
+        if tier == DEVICE:
+            bound = np.bincount(pool.layer[ids[pool.b_off[ids] >= 0]], minlength=len(pool.layers))
+            total += sum(int(n) * bounds_bytes(pool, layer) for layer, n in enumerate(bound) if n)
+            total += sum(pool.regions[r] for r in self._regions)
+        return total
 
     def check_integrity(self) -> None:
         for layer, ids in enumerate(self.ids):

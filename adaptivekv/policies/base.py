@@ -69,9 +69,8 @@ def parameters(stage: type[Stage]) -> dict[str, Any]:
 
 def page_span(sequence: Sequence, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """First and last position of each page, [H, P] each (absent pages: 0)."""
-    ids = sequence.ids[layer]
-    count = sequence.pool.count[ids]
-    return sequence.pool.pos[ids, 0], np.where(ids >= 0, sequence.pool.pos[ids, np.maximum(count - 1, 0)], 0)
+    ids, pool = sequence.ids[layer], sequence.pool
+    return pool.first[ids], np.where(ids >= 0, pool.last[ids], 0)
 
 
 def settled(sequence: Sequence, layer: int, window: int, sinks: int) -> np.ndarray:

@@ -179,7 +179,7 @@ class _Run:
             max_tokens=reference.prompt + new,
         )  # fmt: skip
         cache.expect(reference.prompt, new, {k: v for k, v in theirs.facts.items() if not k.startswith("logit_")})
-        cache._admit(1, [mine.seen])
+        cache.admit(1, [mine.seen])
         (self.request,) = cache.requests
         copy_sequence(theirs.sequence, self.request.sequence)
         self.request.facts = dict(theirs.facts)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from adaptivekv.kernels.codec import PAGE
-from adaptivekv.memory.evict import evict
+from adaptivekv.memory.evict import evict_all
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, protected, share, whole
 
@@ -40,18 +40,25 @@ class Eviction(Stage):
 
     def apply(self, sequence: Sequence) -> None:
         target = self.keep_slots(sequence)
-        for layer in range(len(sequence.ids)):
-            used, pos = sequence.slots(layer)
-            if used.sum(axis=(1, 2)).max(initial=0) <= target:
-                continue
-            score = np.where(protected(sequence, pos, self.sinks, self.window), np.inf, self.score(sequence, layer))
-            score = np.where(used, score, -np.inf).reshape(len(used), -1)
-            # equal scores are settled by position, the newer one stays: runs of one score must not break determinism
-            order = np.lexsort((pos.reshape(len(used), -1), score))
-            keep = np.zeros(score.shape, bool)
-            np.put_along_axis(keep, order[:, max(0, score.shape[1] - target) :], True, 1)
-            keep |= np.isinf(score) & (score > 0)
-            evict(sequence, layer, keep.reshape(used.shape))
+        keep = [self._best(sequence, layer, target) for layer in range(len(sequence.ids))]
+        if any(mask is not None for mask in keep):
+            evict_all(sequence, keep)
+
+    def _best(self, sequence: Sequence, layer: int, target: int) -> np.ndarray | None:
+        """The `target` slots of each head that are worth most, bool [H, P, 64]; None: all."""
+        used, pos = sequence.slots(layer)
+        if used.sum(axis=(1, 2)).max(initial=0) <= target:
+            return None
+        score = np.where(protected(sequence, pos, self.sinks, self.window), np.inf, self.score(sequence, layer))
+        if target == 0:
+            return np.isposinf(score)
+        # A float32 read as an integer, the negative ones turned round, sorts like itself; the position behind it
+        # settles equal scores, the newer one stays: runs of one score must not break determinism.
+        bits = (score.astype(np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
+        key = ((bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64) << 32) + pos
+        key = np.where(used, key, np.iinfo(np.int64).min).reshape(len(used), -1)
+        least = np.partition(key, key.shape[1] - target, axis=1)[:, -target]
+        return (key >= least[:, None]).reshape(used.shape) | np.isposinf(score)
 
     def keep_slots(self, sequence: Sequence) -> int:
         """Sealed slots each head may keep; the tail counts as kept."""

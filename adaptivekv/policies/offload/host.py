@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, share, worth
@@ -38,22 +37,29 @@ class Offload(Stage):
 
     def apply(self, sequence: Sequence) -> None:
         pool = sequence.pool
-        for layer, ids in enumerate(sequence.ids):
-            if not ids.size:
-                continue
-            size = np.array([pool.page_bytes(layer, fmt) for fmt in BY_CODE])[pool.code[ids]] * (ids >= 0)
-            columns = size.sum(0)
-            value = np.where(ids >= 0, worth(sequence, layer), -np.inf).max(0)
-            best = np.argsort(-value, kind="stable")
-            stays = np.zeros(len(columns), bool)
-            stays[best] = np.cumsum(columns[best]) <= self.device * columns.sum()
-            live = ids >= 0
-            leave = live & ~stays & (pool.tier[ids] == DEVICE)
-            if size[leave].sum() <= pool.host_free:  # a full host tier keeps them on the device, under its own pressure
-                sequence.move(layer, leave, HOST)
-            back = live & stays & (pool.tier[ids] == HOST)
-            if size[back].sum() <= pool.arena(DEVICE).free_bytes - pool.reserved:
-                sequence.move(layer, back, DEVICE)
+        live = [ids >= 0 for ids in sequence.ids]
+        sizes = [pool.sizes(ids) * here for ids, here in zip(sequence.ids, live, strict=True)]
+        stays = [self._stays(sequence, layer, size.sum(0)) for layer, size in enumerate(sizes)]
+        device = [pool.tier[ids] == DEVICE for ids in sequence.ids]
+        leave = [a & b & ~c for a, b, c in zip(live, device, stays, strict=True)]
+        # a full host tier keeps them on the device, under its own pressure
+        if _sum(sizes, leave) <= pool.host_free:
+            sequence.move(leave, HOST)
+        back = [a & ~b & c for a, b, c in zip(live, device, stays, strict=True)]
+        if _sum(sizes, back) <= pool.arena(DEVICE).free_bytes - pool.reserved:
+            sequence.move(back, DEVICE)
+
+    def _stays(self, sequence: Sequence, layer: int, columns: np.ndarray) -> np.ndarray:
+        """Which columns of a layer, of so many bytes each, stay on the device: bool [P]."""
+        value = np.where(sequence.ids[layer] >= 0, worth(sequence, layer), -np.inf).max(0)
+        best = np.argsort(-value, kind="stable")
+        stays = np.zeros(len(columns), bool)
+        stays[best] = np.cumsum(columns[best]) <= self.device * columns.sum()
+        return stays
 
     def features(self) -> dict[str, float]:
         return {"device_share": self.device}
+
+
+def _sum(sizes: list[np.ndarray], chosen: list[np.ndarray]) -> int:
+    return sum(int(size[mask].sum()) for size, mask in zip(sizes, chosen, strict=True))

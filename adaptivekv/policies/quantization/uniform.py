@@ -38,9 +38,11 @@ class Uniform(Stage):
 
     def apply(self, sequence: Sequence) -> None:
         lowers = np.array([fmt.demotes(self.format) for fmt in BY_CODE])
-        for layer, ids in enumerate(sequence.ids):
-            old = settled(sequence, layer, self.window, self.sinks)
-            sequence.convert(layer, old & lowers[sequence.pool.code[ids]], self.format)
+        select = [
+            settled(sequence, layer, self.window, self.sinks) & lowers[sequence.pool.code[ids]]
+            for layer, ids in enumerate(sequence.ids)
+        ]
+        sequence.convert(select, self.format)
 
     def features(self) -> dict[str, float]:
         return {"k_bits": float(self.format.k.bits), "v_bits": float(self.format.v.bits)}

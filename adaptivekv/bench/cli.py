@@ -1,0 +1,116 @@
+"""`adaptivekv bench`: the numbers of the README, made again on this machine's GPU."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from adaptivekv.errors import AdaptiveKVError
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+err = Console(stderr=True)
+
+Out = Annotated[Path | None, typer.Option(help="write the rows, device, versions and command to this JSON file")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, nothing else")]
+KERNELS = {
+    "requests": "requests", "tokens": "tokens", "format": "format", "ms": "ms", "ratio": "x best peer",
+    "gbps": "GB/s", "of_copy": "of copy", "stats_over_plain": "statistics", "error": "error",
+    "over_parts": "mixture / parts",
+}  # fmt: skip
+DECODE = {
+    "shape": "model", "requests": "requests", "tokens": "tokens", "plan": "plan", "ms": "ms a step",
+    "mean_ms": "mean", "transformers_ms": "transformers", "floor_ms": "floor", "plan_change_ms": "plan change ms",
+}  # fmt: skip
+
+
+@app.command()
+def kernels(
+    small: Annotated[bool, typer.Option("--small", help="only the short contexts")] = False,
+    out: Out = None,
+    json_: Json = False,
+) -> None:
+    """Decode attention over pages of every format and a mixture, against torch's fused attention in the same run."""
+    _need_gpu()
+    from adaptivekv.bench.kernels import SMALL, run
+
+    rows = _collect(run(SMALL) if small else run(), KERNELS, json_)
+    _finish("kernels", rows, out, json_)
+
+
+@app.command()
+def decode(
+    model: Annotated[str | None, typer.Option(help="only this shape: 8b or embedded")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="the model through torch.compile first")] = False,
+    peers: Annotated[bool, typer.Option(help="time transformers' own loop as well")] = True,
+    out: Out = None,
+    json_: Json = False,
+) -> None:
+    """Whole decode steps of known model shapes with random weights, as captured CUDA graphs."""
+    _need_gpu()
+    from adaptivekv.bench.decode import CASES, SHAPES, run
+
+    if model is not None and model not in SHAPES:
+        raise AdaptiveKVError(f"model {model!r}: one of {', '.join(SHAPES)}")
+    cases = tuple(case for case in CASES if model in (None, case[0]))
+    rows = _collect(run(cases, compiled, peers), DECODE, json_)
+    _finish("decode", rows, out, json_)
+
+
+def _need_gpu() -> None:
+    import torch
+
+    from adaptivekv.kernels import triton_works
+
+    if not torch.cuda.is_available():
+        raise AdaptiveKVError("bench: no CUDA GPU here; these numbers mean nothing on a CPU")
+    if not triton_works():
+        raise AdaptiveKVError("bench: Triton is missing; pip install triton")
+
+
+def _collect(rows: Iterable[dict[str, Any]], columns: dict[str, str], quiet: bool) -> list[dict[str, Any]]:
+    """All rows, each shown as it comes."""
+    done = []
+    for row in rows:
+        done.append(row)
+        if not quiet:
+            err.print(" · ".join(f"{title} {_text(row[key])}" for key, title in columns.items() if key in row))
+    return done
+
+
+def _finish(name: str, rows: list[dict[str, Any]], out: Path | None, json_: bool) -> None:
+    import torch
+    import triton
+
+    result = {
+        "bench": name,
+        "device": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
+        "command": "adaptivekv " + " ".join(sys.argv[1:]),
+        "rows": rows,
+    }
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        from adaptivekv.bench.plots import plot
+
+        plot(name, rows, out.with_suffix(".png"))
+    if json_:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    columns = KERNELS if name == "kernels" else DECODE
+    table = Table(*columns.values(), title=f"{name} · {result['device']}")
+    for row in rows:
+        table.add_row(*(_text(row.get(key, "")) for key in columns))
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

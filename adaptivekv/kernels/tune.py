@@ -1,0 +1,100 @@
+"""How the split kernel is compiled on this device: measured once per kind of model and kept.
+
+Key: device, Triton, head sizes, query rows, storage dtype, codecs. ADAPTIVEKV_TUNE=0: the default, unmeasured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+import triton.testing
+
+from adaptivekv.kernels.codec import PAGE, Codec
+from adaptivekv.kernels.decode import attend_table, occupancy
+from adaptivekv.kernels.table import Launch, PageTable, share
+
+CANDIDATES = (Launch(1, 3, 2, 1), Launch(1, 5, 2, 2), Launch(2, 3, 2, 1), Launch(4, 3, 1, 1))
+"""One warp a program first: no barriers, and the most programs at once."""
+_BYTES = 192 << 20  # of pages to measure on: more than any L2 holds
+
+
+def cache_file() -> Path:
+    """Where measured launches are kept."""
+    root = os.environ.get("ADAPTIVEKV_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "adaptivekv" / "launches.json"
+
+
+@lru_cache
+def launch_for(
+    device: torch.device, k_dim: int, v_dim: int, rows: int, dtype: torch.dtype, pairs: tuple[tuple[Codec, Codec], ...]
+) -> Launch:
+    """The fastest of `CANDIDATES` for `rows` query rows per KV head, measured at the first call and read back later."""
+    if os.environ.get("ADAPTIVEKV_TUNE") == "0":
+        return Launch()
+    names = "+".join(f"{k.name}/{v.name}" for k, v in pairs)
+    name = torch.cuda.get_device_name(device)
+    key = f"{name}, triton {triton.__version__}, {k_dim}x{v_dim}, {rows} rows, {dtype}, {names}"
+    file = cache_file()
+    try:
+        known = json.loads(file.read_text())
+        return Launch(**known[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    launch = measure(device, k_dim, v_dim, rows, dtype, pairs)
+    try:
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(known | {key: asdict(launch)}, indent=1))
+        os.replace(partial, file)
+    except (OSError, ValueError):
+        pass  # a cache that cannot be written is measured again next time
+    return launch
+
+
+def measure(
+    device: torch.device, k_dim: int, v_dim: int, rows: int, dtype: torch.dtype, pairs: tuple[tuple[Codec, Codec], ...]
+) -> Launch:
+    """Time every candidate on one row of random pages of each format in turn; the least geometric mean wins."""
+    best: tuple[float, Launch] | None = None
+    for launch in CANDIDATES:
+        try:
+            times = [_time(device, k_dim, v_dim, rows, dtype, pairs, i, launch) for i in range(len(pairs))]
+        except Exception:  # a candidate that this device cannot run (shared memory, registers) is no candidate
+            continue
+        score = float(np.exp(np.mean(np.log([t for t, _ in times]))))
+        if best is None or score < best[0]:
+            best = score, times[0][1]
+    return best[1] if best else Launch()
+
+
+def _time(
+    device: torch.device, k_dim: int, v_dim: int, rows: int, dtype: torch.dtype,
+    pairs: tuple[tuple[Codec, Codec], ...], index: int, launch: Launch,
+) -> tuple[float, Launch]:  # fmt: skip
+    """Milliseconds for pages of pair `index` in a kernel that knows all pairs, and the launch with its occupancy."""
+    k_size, v_size = (c.part_bytes(d, dtype) for c, d in zip(pairs[index], (k_dim, v_dim), strict=True))
+    heads = 8
+    pages = max(8, _BYTES // (heads * (k_size + v_size)))
+    arena = torch.randint(0, 60, (heads * pages * (k_size + v_size),), dtype=torch.uint8, device=device)
+    keys = torch.arange(heads * pages, device=device).view(heads, pages) * (k_size + v_size)
+    q = torch.randn(heads, rows, k_dim, device=device, dtype=dtype)
+
+    def table(launch: Launch) -> PageTable:
+        programs = launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
+        items, parts = share(np.full((heads, 1), pages), np.ones(1), np.array([index]), programs)
+        at = [torch.from_numpy(x).to(device) for x in (items, parts)]
+        tails = torch.zeros(heads, dtype=torch.int32, device=device)
+        dims = (dtype, k_dim, v_dim)
+        return PageTable(arena, keys + PAGE, keys + k_size, *at, tails, 1, pairs, *dims, launch=launch)
+
+    launch = occupancy(q, table(launch))
+    ready = table(launch)
+    return float(triton.testing.do_bench(lambda: attend_table(q, ready, k_dim**-0.5), 10, 30)), launch

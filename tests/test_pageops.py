@@ -1,0 +1,206 @@
+"""Changes of stored pages: the torch functions against the codecs, the Triton kernels against the torch functions."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+import adaptivekv
+from adaptivekv.kernels import CODECS, PAGE, UNIT, hadamard, pageops
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parts_of(n, codec, dim, dtype, rotate, count, gen):
+    """Random encoded parts [n, bytes]; what lies beyond `count` is NaN in every float type."""
+    x = torch.randn(n, PAGE, dim, generator=gen) * 2 + torch.randn(dim, generator=gen)
+    x[:, :3, 1:] = x[:, :3, :1]  # constant rows
+    raw = codec.encode(hadamard(x) if rotate else x, dtype)
+    end = codec.payload_bytes(dim, dtype)
+    unused = torch.arange(PAGE) >= count[:, None]
+    raw[:, :end].view(n, PAGE, -1)[unused] = 255
+    if not codec.native:
+        for at in (end, end + 2 * PAGE):
+            raw[:, at : at + 2 * PAGE].view(n, PAGE, 2)[unused] = 255
+    return raw
+
+
+def scattered(raw, gen, extra=2):
+    """The parts in an arena of 0xff, in random order, 256 bytes apart: arena and offsets."""
+    n, size = raw.shape
+    slots = torch.randperm(n + extra, generator=gen)[:n]
+    off = slots * (size + UNIT)
+    arena = torch.full(((n + extra) * (size + UNIT),), 255, dtype=torch.uint8)
+    pageops.store(arena, off, raw)
+    return arena, off
+
+
+def recode_case(codecs, dim, dtype, rotate, seed, n=5):
+    """Arguments of a recode, in the order of the function, on the CPU."""
+    gen = generator(seed)
+    count = torch.randint(0, PAGE + 1, (n,), generator=gen)
+    count[0], count[-1] = PAGE, 0
+    old, new = (CODECS[name] for name in codecs)
+    src, src_off = scattered(parts_of(n, old, dim, dtype, seed % 2 == 0, count, gen), gen)
+    dst, dst_off = scattered(torch.full((n, new.part_bytes(dim, dtype)), 255, dtype=torch.uint8), gen)
+    return src, dst, src_off, dst_off, count, old, new, dim, dtype, rotate
+
+
+def pack_case(name, dim, dtype, seed, n=9):
+    """Arguments of a pack of two heads' survivors, and the decoded parts that should come out."""
+    gen, codec = generator(seed), CODECS[name]
+    count = torch.randint(1, PAGE + 1, (n,), generator=gen)
+    raw = parts_of(n, codec, dim, dtype, False, count, gen)
+    src, src_off = scattered(raw, gen)
+    taken = (torch.rand(n, PAGE, generator=gen) < torch.rand(n, 1, generator=gen)) & (
+        torch.arange(PAGE) < count[:, None]
+    )
+    taken[:, 0] = True
+    number, heads = taken.sum(1), torch.arange(n) >= n // 2
+    start, new_count = torch.zeros(n, dtype=torch.int64), []
+    for head in (False, True):
+        mine = number[heads == head]
+        start[heads == head] = len(new_count) * PAGE + mine.cumsum(0) - mine
+        total = int(mine.sum())
+        new_count += [min(PAGE, total - i) for i in range(0, total, PAGE)]
+    m = len(new_count)
+    dst, dst_off = scattered(torch.full((m, raw.shape[1]), 255, dtype=torch.uint8), gen)
+    mask = (taken.long() << torch.arange(PAGE)).sum(1)
+    x = codec.decode(raw, dim, dtype)
+    expected = torch.zeros(m, PAGE, dim)
+    for head in (False, True):
+        rows = x[heads == head][taken[heads == head]]
+        first = int(start[heads == head][0])
+        expected.view(m * PAGE, dim)[first : first + len(rows)] = rows
+    return (src, dst, src_off, mask, start, dst_off, torch.tensor(new_count), codec, dim, dtype), expected
+
+
+def copies(device, args):
+    return [a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def close_parts(got, want, codec, dim, dtype):
+    """Equal levels, scales and zeros up to ties of rounding, and equal bytes beyond them."""
+    n, end = len(got), codec.payload_bytes(dim, dtype)
+    a, b = codec.unpack(got, dim, dtype), codec.unpack(want, dim, dtype)
+    if codec.native:
+        # float32 sums of up to 256 products in another order differ by more than a last bit where they cancel
+        torch.testing.assert_close(a[0], b[0], rtol=torch.finfo(dtype).eps * 4, atol=max(1e-4, torch.finfo(dtype).eps))
+        return
+    for mine, other in zip(a[1], b[1], strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-3)
+    off = (a[0] - b[0]).abs()
+    # a row whose range is no more than rounding (a rotated constant row) may have any levels: its values must agree
+    values = (codec.decode(got, dim, dtype) - codec.decode(want, dim, dtype)).abs()
+    assert bool(((off <= 1) | (values < 1e-2)).all()), off.max()
+    assert float(((off > 0) & (values > 1e-2)).float().mean()) < 0.02
+    assert torch.equal(got[:, end + 4 * PAGE :], torch.zeros(n, got.shape[1] - end - 4 * PAGE, dtype=torch.uint8))
+
+
+# --- the torch functions
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("codecs", [("native", "int4"), ("int8", "int2"), ("int4", "int4"), ("int2", "native")])
+def test_recode_is_decode_then_encode(codecs, rotate):
+    args = recode_case(codecs, 24, torch.float32, rotate, 3)
+    src, dst, src_off, dst_off, count, old, new, dim, dtype, _ = args
+    before = dst.clone()
+    pageops.recode(*args)
+    x = old.decode(pageops.fetch(src, src_off, old.part_bytes(dim, dtype)), dim, dtype)
+    x[torch.arange(PAGE) >= count[:, None]] = 0
+    size = new.part_bytes(dim, dtype)
+    assert torch.equal(pageops.fetch(dst, dst_off, size), new.encode(hadamard(x) if rotate else x, dtype))
+    pageops.store(dst, dst_off, pageops.fetch(before, dst_off, size))
+    assert torch.equal(dst, before), "bytes outside of the parts changed"
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_packing_moves_slots_without_loss(name):
+    args, expected = pack_case(name, 24, torch.bfloat16, 5)
+    before = args[1].clone()
+    pageops.pack_slots(*args)
+    size = args[7].part_bytes(24, torch.bfloat16)
+    got = pageops.fetch(args[1], args[5], size)
+    assert torch.equal(args[7].decode(got, 24, torch.bfloat16), expected)
+    assert not got[:, args[7].payload_bytes(24, torch.bfloat16) :][args[6] == 0].any()
+    pageops.store(args[1], args[5], pageops.fetch(before, args[5], size))
+    assert torch.equal(args[1], before), "bytes outside of the parts changed"
+
+
+# --- Triton
+
+
+def check_triton(device, cases):
+    """Random shapes and formats through the Triton kernels and the torch functions, outputs poisoned."""
+    from adaptivekv.kernels import pagekernels
+
+    seed = int.from_bytes(os.urandom(3), "little")
+    gen = generator(seed)
+
+    def pick(options):
+        return options[int(torch.randint(len(options), (1,), generator=gen))]
+
+    pairs = [(a, b) for a in CODECS for b in CODECS]
+    for i in range(cases):
+        codecs, dim, dtype, rotate = pairs[i % 16], pick([64, 96, 128, 256, 20]), pick(DTYPES), pick([False, True])
+        case = (seed, i, codecs, dim, dtype, rotate)
+        try:
+            args = recode_case(codecs, dim, dtype, rotate, seed + i)
+            mine = copies(device, args)
+            pageops.recode_torch(*args)
+            pagekernels.recode(*mine)
+            size = args[6].part_bytes(dim, dtype)
+            at, new = args[3], args[6]
+            got, want = (pageops.fetch(x, at, size) for x in (mine[1].cpu(), args[1]))
+            close_parts(got, want, new, dim, dtype)
+            whole = mine[1].cpu()
+            pageops.store(whole, at, want)
+            assert torch.equal(whole, args[1]), "bytes outside of the parts changed"
+
+            args, _ = pack_case(codecs[0], dim, dtype, seed + i)
+            mine = copies(device, args)
+            pageops.pack_slots_torch(*args)
+            pagekernels.pack_slots(*mine)
+            assert torch.equal(mine[1].cpu(), args[1]), "packed bytes differ"
+
+            size = pick([128, 256, 256 * 5, 256 * 70])
+            src = torch.randint(0, 255, (size * 8,), generator=gen, dtype=torch.uint8)
+            near, far = (torch.randperm(8, generator=gen)[:5] * size for _ in range(2))
+            out = [torch.full_like(src, 255) for _ in range(2)]
+            pageops.copy_parts_torch(src, out[0], near, far, size)
+            there = out[1].to(device)  # on the CPU the same bytes
+            pagekernels.copy_parts(src.to(device), there, near.to(device), far.to(device), size)
+            assert torch.equal(there.cpu(), out[0]), "copied bytes differ"
+        except Exception as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+def test_triton_equals_torch_in_the_interpreter():
+    triton = pytest.importorskip("triton")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 5):
+        pytest.skip("Triton 3.6's interpreter cannot loop to a run-time bound with NumPy 2.5")
+    # Its own process: whether Triton interprets is fixed when the kernels are first imported.
+    path = [str(Path(adaptivekv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.gpu
+def test_triton_equals_torch_on_the_gpu():
+    check_triton("cuda", 64)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    check_triton("cpu", 32)
