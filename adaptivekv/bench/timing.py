@@ -27,7 +27,8 @@ def replay_ms(calls: Sequence[Callable[[], object]], seconds: float = 0.15) -> f
                 call()
     graph.replay()
     torch.cuda.synchronize()
-    samples, end = [], time.perf_counter() + seconds
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
     while len(samples) < 8 or time.perf_counter() < end:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

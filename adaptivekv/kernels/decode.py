@@ -34,6 +34,7 @@ __all__ = ["attend_pages_triton", "attend_table", "occupancy", "select_pages"]
 ROWS = 16
 """Most query rows per KV head; fewer are padded to it, the smallest tile of a tensor-core product."""
 
+_REGISTERS = 65536  # 32-bit registers of a multiprocessor, from Volta to Blackwell
 _SIGNS = 128 * 128  # elements of the rotation held in registers at once
 _MEASURED = 64  # pages whose mass one program works out
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -118,7 +119,7 @@ def occupancy(q: Tensor, table: PageTable) -> Launch:
         _compiled = None
     properties = torch.cuda.get_device_properties(q.device)
     warp_registers = -(-kernel.n_regs * 32 // 256) * 256  # registers are given out by 256 to a warp
-    by_registers = properties.regs_per_multiprocessor // (warp_registers * table.launch.warps)
+    by_registers = _REGISTERS // (warp_registers * table.launch.warps)
     by_memory = properties.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
     return dataclasses.replace(table.launch, programs=max(1, min(by_registers, by_memory, 32)))
 
@@ -150,7 +151,8 @@ def attend_pages_triton(
 def _even(heads: int, pages: int, code: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Items, parts and tails of a table whose rows all have `pages` pages of one format."""
     items, parts = share(np.full((heads, 1), pages), np.ones(1), np.array([code]), programs)
-    return *(torch.from_numpy(x).to(device) for x in (items, parts)), torch.zeros(heads, dtype=torch.int32).to(device)
+    tails = torch.zeros(heads, dtype=torch.int32, device=device)
+    return torch.from_numpy(items).to(device), torch.from_numpy(parts).to(device), tails
 
 
 @functools.lru_cache

@@ -57,8 +57,8 @@ def select_reference(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def with_picked(table: PageTable, bounds: Tensor, take: Tensor) -> Selection:
     """Room for choosing among the pages of `table`."""
-    own = {name: torch.zeros_like(getattr(table, name)) for name in ("keys", "values", "items")}
-    return Selection(bounds, take, replace(table, **own))
+    keys, values, items = (torch.zeros_like(x) for x in (table.keys, table.values, table.items))
+    return Selection(bounds, take, replace(table, keys=keys, values=values, items=items))
 
 
 @triton.jit

@@ -90,10 +90,11 @@ def _time(
     def table(launch: Launch) -> PageTable:
         programs = launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
         items, parts = share(np.full((heads, 1), pages), np.ones(1), np.array([index]), programs)
-        at = [torch.from_numpy(x).to(device) for x in (items, parts)]
         tails = torch.zeros(heads, dtype=torch.int32, device=device)
-        dims = (dtype, k_dim, v_dim)
-        return PageTable(arena, keys + PAGE, keys + k_size, *at, tails, 1, pairs, *dims, launch=launch)
+        return PageTable(
+            arena, keys + PAGE, keys + k_size, torch.from_numpy(items).to(device), torch.from_numpy(parts).to(device),
+            tails, 1, pairs, dtype, k_dim, v_dim, launch=launch,
+        )  # fmt: skip
 
     launch = occupancy(q, table(launch))
     ready = table(launch)

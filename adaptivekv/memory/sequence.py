@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Picker(Protocol):
-    """Chooses the pages of a decode step."""
+    """Chooses the pages of a decode step, the share `read` of them."""
+
+    @property
+    def read(self) -> float: ...
 
     def pick(self, sequence: Sequence, layer: int, q: torch.Tensor) -> np.ndarray:
         """q [H, G, k_dim] -> bool like `sequence.ids[layer]`."""
