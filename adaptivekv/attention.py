@@ -83,7 +83,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, softcap: 
     tables, stats = _step
     table, kernels = tables.tables[layer], decode_kernels()
     if stats or not tables.selections:  # a step that measures every page reads every page
-        mass = tables.mass[0][layer] if stats else None
+        mass = tables.mass[layer] if stats else None
         return kernels.attend_table(q, table, scale, softcap or None, (k, v), mass)
     picked = kernels.select_pages(q, table, tables.selections[layer])
     return kernels.attend_table(q, picked, scale, softcap or None, (k, v))

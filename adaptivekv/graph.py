@@ -121,16 +121,17 @@ class GraphDecoder:
         assert self.tables is not None
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        mass = self.tables.mass.clone()
         with decode_step(self.tables, stats):
             with torch.cuda.stream(stream):
                 for _ in range(WARM):  # each writes the slot that the step itself will write again
-                    self.tables.tails[0].add_(1)
+                    self.tables.tails.add_(1)
                     self._forward()
-                    self.tables.tails[0].sub_(1)
-                self.tables.mass[0].copy_(self.tables.mass[1])
+                    self.tables.tails.sub_(1)
+                self.tables.mass.copy_(mass)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
-                self.tables.tails[0].add_(1)
+                self.tables.tails.add_(1)
                 logits = self._forward()
                 self.positions.add_(1)
         return graph, logits

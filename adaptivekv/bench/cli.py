@@ -47,7 +47,9 @@ def kernels(
 
 @app.command()
 def decode(
-    model: Annotated[str | None, typer.Option(help="only this shape: 8b or embedded")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="shape, requests, tokens and plan: '8b 1 1024 full'; default: all of them")
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="the model through torch.compile first")] = False,
     peers: Annotated[bool, typer.Option(help="time transformers' own loop as well")] = True,
     out: Out = None,
@@ -55,13 +57,22 @@ def decode(
 ) -> None:
     """Whole decode steps of known model shapes with random weights, as captured CUDA graphs."""
     _need_gpu()
-    from adaptivekv.bench.decode import CASES, SHAPES, run
+    from adaptivekv.bench.decode import CASES, run
 
-    if model is not None and model not in SHAPES:
-        raise AdaptiveKVError(f"model {model!r}: one of {', '.join(SHAPES)}")
-    cases = tuple(case for case in CASES if model in (None, case[0]))
+    cases = tuple(map(_case, case or ())) or CASES
     rows = _collect(run(cases, compiled, peers), DECODE, json_)
     _finish("decode", rows, out, json_)
+
+
+def _case(text: str) -> tuple[str, int, int, str]:
+    """`8b 1 1024 int4 | offload(0.5)` in its parts."""
+    from adaptivekv.bench.decode import SHAPES
+    from adaptivekv.plan import Plan
+
+    parts = text.split(maxsplit=3)
+    if len(parts) != 4 or parts[0] not in SHAPES or not (parts[1].isdigit() and parts[2].isdigit()):
+        raise AdaptiveKVError(f"case {text!r}: write it as '8b 1 1024 full'; shapes are {', '.join(SHAPES)}")
+    return parts[0], int(parts[1]), int(parts[2]), str(Plan.parse(parts[3]))
 
 
 def _need_gpu() -> None:

@@ -40,7 +40,7 @@ def run(shapes: tuple[tuple[int, int], ...] = LARGE + SMALL) -> Iterator[dict[st
         peers = _peers(requests, tokens, copies)
         best = min(peers.values())
         times: dict[str, float] = {}
-        for name in PURE + ("mixture",):
+        for name in PURE + ("mixture",) if copies == 1 else ("native", "int4r"):
             mix = MIX if name == "mixture" else {name: 1.0}
             row: dict[str, Any] = {"requests": requests, "tokens": tokens, "format": name}
             row |= _measure(requests, tokens, mix, copies, launch)

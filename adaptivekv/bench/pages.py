@@ -7,7 +7,7 @@ import torch
 
 from adaptivekv.kernels.codec import PAGE, Codec
 from adaptivekv.kernels.hadamard import hadamard
-from adaptivekv.kernels.table import ROTATED, Launch, PageTable, page_time, share
+from adaptivekv.kernels.table import ROTATED, Launch, PageTable, page_time, plan_work
 from adaptivekv.memory.formats import FORMATS
 
 
@@ -52,12 +52,13 @@ def make_table(
         base += n * size
     pairs = pairs or tuple(dict.fromkeys((f.k, f.v) for f in formats))
     codes = np.array([pairs.index((f.k, f.v)) + ROTATED * f.rotate for f in formats])
-    items, parts = share(
-        np.tile(np.diff(edges), (rows, 1)), np.array([page_time(x, dim, dim) for x in sizes]), codes, programs
-    )
+    time = torch.zeros(256, dtype=torch.int64, device=device)
+    time[codes] = torch.tensor([page_time(size, dim, dim) for size in sizes], device=device)
+    code = torch.from_numpy(np.repeat(codes, np.diff(edges))).to(torch.uint8).to(device).expand(1, rows, pages)
+    work = (x[0] for x in plan_work(code.contiguous(), time, programs))
     table = PageTable(
         arena, k_off + PAGE, v_off,
-        torch.from_numpy(items).to(device), torch.from_numpy(parts).to(device),
+        *work,
         torch.zeros(requests, dtype=torch.int32, device=device), heads, pairs, dtype, dim, dim,
         any(f.rotate for f in formats), False, launch or Launch(),
     )  # fmt: skip

@@ -15,7 +15,6 @@ import math
 import os
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +26,9 @@ from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.kernels.hadamard import signs
 from adaptivekv.kernels.select import select_pages
 from adaptivekv.kernels.splitkv import merge_kernel, prepare_kernel, split_kernel
-from adaptivekv.kernels.table import ROTATED, Launch, PageTable, share
+from adaptivekv.kernels.table import ROTATED, Launch, PageTable, plan_work
 
-__all__ = ["attend_pages_triton", "attend_table", "occupancy", "select_pages"]
+__all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "select_pages"]
 
 ROWS = 16
 """Most query rows per KV head; fewer are padded to it, the smallest tile of a tensor-core product."""
@@ -85,9 +84,9 @@ def attend_table(
     if stats and page_lse is None:
         page_lse = empty((rows, columns, m))
     tiles = {16: launch.native_tiles, 8: launch.int8_tiles}
-    compiled = split_kernel[(items,)](
+    compiled = split_kernel[(len(table.spans),)](
         planes, native, arena.view(torch.int16), arena.view(torch.float16), table.keys, table.values,
-        table.keys.view(torch.int32), table.items, table.tails, part, part_lse,
+        table.keys.view(torch.int32), table.items, table.spans, table.tails, part, part_lse,
         part_lse if page_lse is None else page_lse, rows, columns, table.heads,
         scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0,
         M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
@@ -96,12 +95,14 @@ def attend_table(
         num_warps=launch.warps, launch_pdl=pdl,
     )  # fmt: skip
     out, lse = torch.empty((rows, m, v_dim), dtype=q.dtype, device=device), empty((rows, m))
+    few = len(table.spans) < 12 * rows  # parts of a row: as many as there are in flight, not many more
     measured = 0 if mass is None else triton.cdiv(columns, _MEASURED)
     merge_kernel[rows, m + measured](
         part, part_lse, table.items, table.parts, v_sign, out, lse, part_lse if page_lse is None else page_lse,
         table.keys, lse if mass is None else mass, columns,
         M=m, DV=v_dim, BV=bv, BM=ROWS, STEP=min(bv, _SIGNS // bv), NORM=v_norm, ROTATE=table.rotated,
-        MASS=mass is not None, PAGES=_MEASURED, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        MASS=mass is not None, PAGES=_MEASURED, CHUNK=(2048 if few else 8192) // bv, PDL=pdl,
+        num_warps=4 if few else 8, launch_pdl=pdl,
     )  # fmt: skip
     if _compiled is not None:
         _compiled.append(compiled)
@@ -137,9 +138,9 @@ def attend_pages_triton(
     heads, rows, k_dim = q.shape
     launch = Launch()
     programs = launch.programs * _multiprocessors(q.device)
-    items, parts, tails = _even(heads, batch.count.shape[1], ROTATED * batch.rotate, programs, q.device)
+    work = even_work(heads, batch.count.shape[1], ROTATED * batch.rotate, programs, q.device)
     table = PageTable(
-        batch.arena, batch.k_off + batch.count, batch.v_off.contiguous(), items, parts, tails, 1,
+        batch.arena, batch.k_off + batch.count, batch.v_off.contiguous(), *work, 1,
         ((batch.k, batch.v),), batch.dtype, k_dim, batch.v_dim, batch.rotate, True, launch,
     )  # fmt: skip
     page_lse = torch.full((*batch.count.shape, rows), -torch.inf, device=q.device) if stats else None
@@ -148,11 +149,12 @@ def attend_pages_triton(
 
 
 @functools.lru_cache
-def _even(heads: int, pages: int, code: int, programs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Items, parts and tails of a table whose rows all have `pages` pages of one format."""
-    items, parts = share(np.full((heads, 1), pages), np.ones(1), np.array([code]), programs)
-    tails = torch.zeros(heads, dtype=torch.int32, device=device)
-    return torch.from_numpy(items).to(device), torch.from_numpy(parts).to(device), tails
+def even_work(heads: int, pages: int, code: int, programs: int, device: torch.device) -> tuple[Any, ...]:
+    """Items, spans, parts and tails of a table whose rows all have `pages` pages of one format."""
+    time = torch.ones(256, dtype=torch.int64, device=device)
+    codes = torch.full((1, heads, pages), code, dtype=torch.uint8, device=device)
+    work = plan_work(codes, time, programs)
+    return (*(x[0] for x in work), torch.zeros(heads, dtype=torch.int32, device=device))
 
 
 @functools.lru_cache

@@ -80,7 +80,7 @@ def _attend(
     M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     TYPE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, PAGE: tl.constexpr, SUB: tl.constexpr,
     ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr, CLEAN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One item: all query rows of a KV head over the pages start to stop of its list, which share a format."""
     rows = tl.arange(0, BM)
@@ -175,8 +175,6 @@ def _attend(
                 )
             accs = new
 
-    if PDL:
-        gdc_launch_dependents()
     norm = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
     tl.store(lse_ptr + rows, (tl.maximum(top, -1e38) + tl.log2(total)) * _LN2, mask=rows < M)
     for s in tl.static_range(1 if V_BITS == 16 else 16 // V_BITS):
@@ -189,41 +187,44 @@ def _attend(
 
 @triton.jit
 def split_kernel(
-    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, tail_ptr,
+    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, span_ptr, tail_ptr,
     out_ptr, lse_ptr, page_lse_ptr, all_rows, columns, heads, scale, softcap,
     M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TYPE: tl.constexpr, BM: tl.constexpr,
     PAGE: tl.constexpr, SUBS: tl.constexpr, ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
     CLEAN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One program an item (row, format, first page, last page + 1); no page: an empty result."""
-    item = tl.program_id(0)
-    row = tl.load(item_ptr + item * 4).to(tl.int64)
-    code = tl.load(item_ptr + item * 4 + 1)
-    start = tl.load(item_ptr + item * 4 + 2)
-    stop = tl.load(item_ptr + item * 4 + 3)
+    """One program a span of items (row, format, first page, last page + 1), each with a result of its own."""
+    first = tl.load(span_ptr + tl.program_id(0) * 2)
+    last = first + tl.load(span_ptr + tl.program_id(0) * 2 + 1)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()  # for the query and the tail; the table was complete before
-    if start < stop:
-        tail = tl.load(tail_ptr + row // heads)
-        q_ptr += ((code // 16) * all_rows + row) * M * DK  # the second plane is the rotated query
-        for i in tl.static_range(len(PAIRS)):
-            if code % 16 == i:
-                _attend(
-                    q_ptr, native_ptr, word_ptr, half_ptr,
-                    key_ptr + row * columns, value_ptr + row * columns, count_ptr + 2 * row * columns,
-                    start, stop, tail,
-                    out_ptr + item.to(tl.int64) * M * DV, lse_ptr + item * M, page_lse_ptr + row * columns * M,
-                    scale, softcap, M, DK, DV, PAIRS[i][0], PAIRS[i][1], TYPE,
-                    _tile(DK, PAIRS[i][0]), _tile(DV, PAIRS[i][1]), BM, PAGE, SUBS[i], ITEM, CAP, STATS, CLEAN,
-                    STAGES, PDL, INTERPRET,
-                )  # fmt: skip
-    else:  # a run of which this step reads nothing
-        rows = tl.arange(0, BM)
-        col = tl.arange(0, triton.next_power_of_2(DV))
-        tl.store(lse_ptr + item * M + rows, tl.full([BM], -float("inf"), tl.float32), mask=rows < M)
-        mask = (rows[:, None] < M) & (col[None, :] < DV)
-        at = item.to(tl.int64) * M * DV + rows[:, None] * DV + col[None, :]
-        tl.store(out_ptr + at, tl.zeros([BM, triton.next_power_of_2(DV)], tl.float32), mask=mask)
+    for item in range(first, last):
+        row = tl.load(item_ptr + item * 4).to(tl.int64)
+        code = tl.load(item_ptr + item * 4 + 1)
+        start = tl.load(item_ptr + item * 4 + 2)
+        stop = tl.load(item_ptr + item * 4 + 3)
+        to = item * M
+        if start < stop:
+            tail = tl.load(tail_ptr + row // heads)
+            plane = q_ptr + ((code // 16) * all_rows + row) * M * DK  # the second plane is the rotated query
+            for i in tl.static_range(len(PAIRS)):
+                if code % 16 == i:
+                    _attend(
+                        plane, native_ptr, word_ptr, half_ptr,
+                        key_ptr + row * columns, value_ptr + row * columns, count_ptr + 2 * row * columns,
+                        start, stop, tail, out_ptr + to * DV, lse_ptr + to, page_lse_ptr + row * columns * M,
+                        scale, softcap, M, DK, DV, PAIRS[i][0], PAIRS[i][1], TYPE,
+                        _tile(DK, PAIRS[i][0]), _tile(DV, PAIRS[i][1]), BM, PAGE, SUBS[i], ITEM, CAP, STATS, CLEAN,
+                        STAGES, INTERPRET,
+                    )  # fmt: skip
+        else:  # pages were chosen, and none of this run
+            rows = tl.arange(0, BM)
+            col = tl.arange(0, triton.next_power_of_2(DV))
+            tl.store(lse_ptr + to + rows, tl.full([BM], -float("inf"), tl.float32), mask=rows < M)
+            mask = (rows[:, None] < M) & (col[None, :] < DV)
+            at = to * DV + rows[:, None] * DV + col[None, :]
+            tl.store(out_ptr + at, tl.zeros([BM, triton.next_power_of_2(DV)], tl.float32), mask=mask)
 
 
 @triton.constexpr_function
@@ -362,7 +363,7 @@ def _mass(
 def merge_kernel(
     part_ptr, part_lse_ptr, item_ptr, parts_ptr, sign_ptr, out_ptr, lse_ptr, page_lse_ptr, key_ptr, mass_ptr, columns,
     M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
-    ROTATE: tl.constexpr, MASS: tl.constexpr, PAGES: tl.constexpr, PDL: tl.constexpr,
+    ROTATE: tl.constexpr, MASS: tl.constexpr, PAGES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 to M - 1 of a row merge its parts, one query row each; with MASS the rest turn page lse into mass."""
     row = tl.program_id(0).to(tl.int64)
@@ -374,7 +375,6 @@ def merge_kernel(
         sign = _signs(sign_ptr, 0, DV, BV, STEP)  # constant, as the table: before the wait
     if PDL:
         gdc_wait()
-    CHUNK: tl.constexpr = 8192 // BV  # parts in flight: enough to hide latency, few enough for registers
     if job < M:
         _merge(
             part_ptr, part_lse_ptr, item_ptr, first, n, sign, sign_ptr, out_ptr + row * M * DV, lse_ptr + row * M, job,

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +9,12 @@ from adaptivekv.kernels.codec import Codec
 
 ROTATED = 16
 """Added to the index of a pair of codecs where keys and values are stored Hadamard-rotated."""
+
+ABSENT = 255
+"""Behind the last page of a row, where its format would be."""
+
+FORMATS = 11
+"""Most runs of equal formats in a row: the formats of `memory`, and one more."""
 
 TAIL = 255
 """In the low byte of a `keys` entry: as many slots as `tails` says."""
@@ -34,8 +39,8 @@ class PageTable:
     arena: uint8 [bytes], contiguous. keys, values: int64 [R, C], byte offsets of the parts, multiples of 256, relative
     to the arena; one may lie outside of it, in pinned host memory that the GPU can read. The low byte of a `keys` entry
     is the page's used slots: 0 for no page, `TAIL` for the open tail of the row's request.
-    items: int32 [I, 4] (row, format, first page, last page + 1), one program each; format = index in `pairs`,
-    + ROTATED; first = last + 1: nothing to do. parts: int32 [R, 2], first item of a row and how many it has.
+    items: int32 [I, 4] (row, format, first page, last page + 1); format = index in `pairs`, + ROTATED. spans: int32
+    [programs, 2], first item of a program and how many it has. parts: int32 [R, 2], the same of a row.
     tails: int32 [R // heads], slots in the tail of each request. pairs: codecs of keys and values.
     dtype: of native pages. k_dim, v_dim: head dimensions. rotated: whether a page may be Hadamard-rotated.
     clean: unused slots of native values may hold NaN; not so in pages and tails as `memory` writes them.
@@ -45,6 +50,7 @@ class PageTable:
     keys: Tensor
     values: Tensor
     items: Tensor
+    spans: Tensor
     parts: Tensor
     tails: Tensor
     heads: int
@@ -57,38 +63,43 @@ class PageTable:
     launch: Launch = Launch()
 
 
-def page_time(size: int, k_dim: int, v_dim: int) -> float:
+def page_time(size: int, k_dim: int, v_dim: int) -> int:
     """Relative time of a page of `size` bytes: what it reads and, per element, what it computes (docs/kernels.md)."""
-    return size + 40.0 * (k_dim + v_dim)
+    return size + 40 * (k_dim + v_dim)
 
 
-def share(pages: np.ndarray, weight: np.ndarray, codes: np.ndarray, programs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide runs of pages among programs so that the longest takes as little time as possible.
+def plan_work(code: Tensor, time: Tensor, programs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide the pages of each layer among programs, in order and evenly by time.
 
-    pages: int [R, F], pages of each row in each of F formats, laid out in this order; weight: float [F], time of a
-    page; codes: int [F]; programs: how many run at once (more only where there are more runs). Returns items int32
-    [n, 4] and parts int32 [R, 2] as in `PageTable`.
+    code: uint8 [L, R, C], format of each page as in `PageTable.items`, rising in a row, ABSENT behind the last;
+    time: int64 [256], what a page of each format takes (0 for ABSENT). Returns items [L, I, 4], spans [L, programs, 2]
+    and parts [L, R, 2] as in `PageTable`, int32; I is programs + R * the formats there can be, beyond which none start.
+    Nothing waits for the device.
     """
-    rows, formats = pages.shape
-    programs = max(programs, int((pages > 0).sum()))
-    low, high = float((pages * weight).sum()) / programs, float((pages * weight).max(initial=0.0)) + 1e-9
-    for _ in range(24):  # the smallest time in which the pages of any program can be done
-        middle = (low + high) / 2
-        if _pieces(pages, weight, middle).sum() <= programs:
-            high = middle
-        else:
-            low = middle
-    of = _pieces(pages, weight, high).ravel()
-    n = of.reshape(rows, formats).sum(1)
-    piece = np.arange(of.sum()) - np.repeat(np.cumsum(of) - of, of)  # within its run
-    length, many = np.repeat(pages.ravel(), of), np.repeat(of, of)
-    first = np.repeat((np.cumsum(pages, 1) - pages).ravel(), of)
-    row = np.repeat(np.arange(rows), n)
-    code = np.repeat(np.tile(codes, rows), of)
-    items = np.stack([row, code, first + piece * length // many, first + (piece + 1) * length // many], 1)
-    return items.astype(np.int32), np.stack([np.cumsum(n) - n, n], 1).astype(np.int32)
-
-
-def _pieces(pages: np.ndarray, weight: np.ndarray, time: float) -> np.ndarray:
-    """Into how many programs each run is cut if none may take longer than `time` (or one page)."""
-    return -(-pages // np.maximum(1, (time / weight).astype(np.int64)))
+    layers, rows, columns = code.shape
+    room = programs + rows * FORMATS
+    cost = time[code.long()].view(layers, -1)  # [L, R * C]
+    before = cost.cumsum(1) - cost
+    fair = (before[:, -1:] + cost[:, -1:]).add_(programs - 1).div_(programs, rounding_mode="floor").clamp_(min=1)
+    program = (before // fair).view(code.shape)
+    live = code != ABSENT
+    starts = live.clone()  # a page starts an item where its row, format or program differs from the page before
+    starts[..., 1:] &= (code[..., 1:] != code[..., :-1]) | (program[..., 1:] != program[..., :-1])
+    flat = starts.view(layers, -1)
+    item = flat.cumsum(1) - 1  # [L, R * C]
+    slot = torch.where(live.view(layers, -1), item, room)  # absent pages write to a slot that is cut off
+    items = torch.zeros(layers, room + 1, 4, dtype=torch.int64, device=code.device)
+    row = torch.arange(rows, device=code.device)[:, None].expand(rows, columns).reshape(1, -1).expand(layers, -1)
+    column = torch.arange(columns, device=code.device).repeat(rows).expand(layers, -1)
+    items[..., 0].scatter_(1, slot, row)
+    items[..., 1].scatter_(1, slot, code.view(layers, -1).long())
+    items[..., 3].scatter_add_(1, slot, torch.ones_like(slot))  # pages
+    items[..., 2].scatter_(1, torch.where(flat, item, room), column)
+    items[..., 3] += items[..., 2]
+    spans = torch.zeros(layers, programs, 2, dtype=torch.int64, device=code.device)
+    spans[..., 1].scatter_add_(1, program.view(layers, -1).clamp(max=programs - 1), flat.long())
+    parts = torch.zeros(layers, rows, 2, dtype=torch.int64, device=code.device)
+    parts[..., 1] = starts.sum(2)
+    for counted in (spans, parts):
+        counted[..., 0] = counted[..., 1].cumsum(1) - counted[..., 1]
+    return items[:, :room].int(), spans.int(), parts.int()

@@ -17,8 +17,8 @@ import triton
 import triton.testing
 
 from adaptivekv.kernels.codec import PAGE, Codec
-from adaptivekv.kernels.decode import attend_table, occupancy
-from adaptivekv.kernels.table import Launch, PageTable, share
+from adaptivekv.kernels.decode import attend_table, even_work, occupancy
+from adaptivekv.kernels.table import Launch, PageTable
 
 CANDIDATES = (Launch(1, 3, 2, 1), Launch(1, 5, 2, 2), Launch(2, 3, 2, 1), Launch(4, 3, 1, 1))
 """One warp a program first: no barriers, and the most programs at once."""
@@ -89,13 +89,9 @@ def _time(
 
     def table(launch: Launch) -> PageTable:
         programs = launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
-        items, parts = share(np.full((heads, 1), pages), np.ones(1), np.array([index]), programs)
-        tails = torch.zeros(heads, dtype=torch.int32, device=device)
-        return PageTable(
-            arena, keys + PAGE, keys + k_size, torch.from_numpy(items).to(device), torch.from_numpy(parts).to(device),
-            tails, 1, pairs, dtype, k_dim, v_dim, launch=launch,
-        )  # fmt: skip
+        work = even_work(heads, pages, index, programs, device)
+        return PageTable(arena, keys + PAGE, keys + k_size, *work, 1, pairs, dtype, k_dim, v_dim, launch=launch)
 
     launch = occupancy(q, table(launch))
     ready = table(launch)
-    return float(triton.testing.do_bench(lambda: attend_table(q, ready, k_dim**-0.5), 10, 30)), launch
+    return float(triton.testing.do_bench_cudagraph(lambda: attend_table(q, ready, k_dim**-0.5), rep=10)), launch

@@ -37,5 +37,6 @@ def bounds(pool: PagePool, ids: np.ndarray) -> torch.Tensor:
         (off,) = pool.alloc(0, len(group), size)
         pageops.store(pool.arena(0).data, torch.from_numpy(off), raw)
         pool.b_off[group] = off
+        pool.mark(group)
     raw = pageops.fetch(pool.arena(0).data, torch.from_numpy(pool.b_off[ids]), size)
     return raw[:, : 2 * dim * pool.dtype.itemsize].contiguous().view(pool.dtype).view(len(ids), 2, dim)

@@ -36,6 +36,7 @@ def compact(pool: PagePool, tier: int) -> None:
             pageops.copy_parts(buffer, data, packed, target, length)
     for i, where in enumerate((pool.k_off, pool.v_off, pool.b_off)):
         where[page[part == i]] = new[part == i]
+    pool.mark(page)
     edges = np.concatenate([np.stack([new, size], 1), fixed])
     edges = edges[np.argsort(edges[:, 0])]
     starts = np.concatenate([[0], edges[:, 0] + edges[:, 1]])

@@ -99,6 +99,7 @@ class PagePool:
             for i, part in enumerate("kv")
         )
         self.ref = np.zeros(0, np.int32)
+        self.clock, self.stamp = 0, np.zeros(0, np.int64)  # changes so far, and the last one of each page
         # one entry a page: where its keys, values and bounds (-1: none) start, format code, tier, used slots, layer,
         # positions of its slots and, apart because every decision asks, of the first and the last of them
         self.k_off, self.v_off, self.b_off = (np.zeros(0, np.int64) for _ in range(3))
@@ -208,7 +209,7 @@ class PagePool:
     def _more_ids(self, n: int) -> None:
         """Make at least `n` more page ids."""
         old, grow = len(self.ref), max(n, 256, len(self.ref))
-        for name in ("ref", "k_off", "v_off", "b_off", "code", "tier", "count", "layer", "first", "last"):
+        for name in ("ref", "stamp", "k_off", "v_off", "b_off", "code", "tier", "count", "layer", "first", "last"):
             entries = getattr(self, name)
             empty = np.full(grow, -1 if name == "b_off" else 0, entries.dtype)
             setattr(self, name, np.concatenate([entries, empty]))
@@ -232,11 +233,18 @@ class PagePool:
         if pos is not None:
             self.pos[ids] = pos
         self.first[ids], self.last[ids] = self.pos[ids, 0], self.pos[ids, self.count[ids] - 1]
+        self.mark(ids)
 
     def place(self, ids: np.ndarray, kind: Kind, off: list[np.ndarray]) -> None:
         """Say that pages lie at `off` from now on (keys, values), as pages of `kind`."""
         self.k_off[ids], self.v_off[ids] = off
         self.code[ids], self.tier[ids] = CODES[kind.fmt.name], kind.tier
+        self.mark(ids)
+
+    def mark(self, ids: np.ndarray) -> None:
+        """Note a change of what is known of pages, for whoever keeps a copy of it (tables.py)."""
+        self.clock += 1
+        self.stamp[ids] = self.clock
 
     def vacate(self, ids: np.ndarray) -> None:
         """Free the bytes of pages of one kind."""

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
-from adaptivekv.kernels.table import ROTATED, TAIL, Launch, PageTable, page_time, share
+from adaptivekv.kernels.table import ABSENT, ROTATED, TAIL, Launch, PageTable, page_time, plan_work
 from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Sequence
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 PAIRS = tuple(dict.fromkeys((fmt.k, fmt.v) for fmt in BY_CODE))
 """Codecs of keys and values that one launch may mix."""
 _FORMAT = np.array([PAIRS.index((fmt.k, fmt.v)) + ROTATED * fmt.rotate for fmt in BY_CODE], np.uint8)
-_ABSENT = 255  # sorts behind every format
 
 
 class StepTables:
     """Page tables of all layers for the open sequences of one pool, which have equal layer shapes.
 
     `update` writes the pages as they are now; the tensors stay where they are, so what a CUDA graph has captured reads
-    the new contents. Column 0 of a row is the open tail; the pages follow, sorted by format. A page on the host is
-    read there: its offset leads out of the arena into pinned memory.
+    the new contents. The host sends page ids and what has changed of pages; sorting by format and dividing the work
+    happen on the device. Column 0 of a row is the open tail. A page on the host is read there: its offset leads out of
+    the arena into pinned memory.
 
     columns: pages a row can hold, the tail included; programs: of the split kernel that run at once.
     """
@@ -36,33 +37,37 @@ class StepTables:
         self.sequences, self.pool = sequences, sequences[0].pool
         shape, device, layers = self.pool.layers[0], self.pool.device, len(self.pool.layers)
         assert all(s == shape for s in self.pool.layers), "layers of different shapes"
-        self.columns, self.programs = columns, programs
+        self.columns, self.programs, self.heads = columns, programs, shape.heads
         rows = len(sequences) * shape.heads
-        items = max(programs, rows * (len(BY_CODE) + 1))
+        pinned = {"pin_memory": device.type == "cuda"}
+        self.ids_host = torch.full((layers, rows, columns - 1), -1, dtype=torch.int32, **pinned)
+        self.tail_host = torch.zeros(2, layers, rows, dtype=torch.int64, **pinned)
+        self.tails_host = torch.zeros(len(sequences), dtype=torch.int32, **pinned)
 
-        def make(*size: int, dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, torch.Tensor]:
-            """A device tensor and the host tensor, pinned for a GPU, that is copied into it."""
-            host = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
-            return torch.zeros(size, dtype=dtype, device=device), host
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
-        self.keys, self.values = make(layers, rows, columns), make(layers, rows, columns)
-        self.items = make(layers, items, 4, dtype=torch.int32)
-        self.parts = make(layers, rows, 2, dtype=torch.int32)
-        self.tails = make(len(sequences), dtype=torch.int32)
-        self.mass = make(layers, rows, columns, dtype=torch.float32)
-        self.selections: list[Selection] = []  # of every layer, once a sequence retrieves
-        self.order = np.zeros((layers, rows, columns - 1), np.int64)  # which page of the sequence a column is
+        self.tails = zeros(len(sequences), dtype=torch.int32)
+        self.keys, self.values, self.order = (zeros(layers, rows, columns) for _ in range(3))
+        self.mass = zeros(layers, rows, columns, dtype=torch.float32)
+        self.pages = zeros(0, 4)  # by page id: key entry, value offset, bounds offset, format + flags
+        self.page_mass = torch.zeros(0, device=device)
+        sizes = [fmt.bytes(shape.k_dim, shape.v_dim, self.pool.dtype) for fmt in BY_CODE]
+        time = torch.zeros(256, dtype=torch.int64)
+        time[_FORMAT.astype(np.int64)] = torch.tensor([page_time(size, shape.k_dim, shape.v_dim) for size in sizes])
+        self.time = time.to(device)
+        empty = torch.full((layers, rows, columns), ABSENT, dtype=torch.uint8, device=device)
+        self.items, self.spans, self.parts = plan_work(empty, self.time, programs)
         self.tables = [
             PageTable(
-                self.pool.arena(DEVICE).data, self.keys[0][i], self.values[0][i], self.items[0][i], self.parts[0][i],
-                self.tails[0], shape.heads, PAIRS, self.pool.dtype, shape.k_dim, shape.v_dim, launch=launch,
+                self.pool.arena(DEVICE).data, self.keys[i], self.values[i], self.items[i], self.spans[i],
+                self.parts[i], self.tails, shape.heads, PAIRS, self.pool.dtype, shape.k_dim, shape.v_dim, launch=launch,
             )
             for i in range(layers)
         ]  # fmt: skip
-        sizes = [fmt.bytes(shape.k_dim, shape.v_dim, self.pool.dtype) for fmt in BY_CODE]
-        codes, first = np.unique(_FORMAT, return_index=True)
-        self.codes, self.time = codes, np.array([page_time(sizes[i], shape.k_dim, shape.v_dim) for i in first])
+        self.selections: list[Selection] = []  # of every layer, once a sequence retrieves
         self.seen: list[tuple[int, int]] = []  # versions and tails of the sequences, as the device has them
+        self.clock = 0  # the pool's changes, as the device has them
         self.sent: torch.cuda.Event | None = None
 
     def fits(self) -> bool:
@@ -83,89 +88,104 @@ class StepTables:
         """Write the tables anew from the sequences."""
         if self.sent is not None:
             self.sent.synchronize()  # the host tensors may still be on their way
-        pool, heads = self.pool, self.pool.layers[0].heads
-        layers, rows = len(pool.layers), len(self.sequences) * heads
-        ids = np.full((layers, rows, self.columns - 1), -1, np.int32)
-        mass = np.full(ids.shape, -1.0, np.float32)
+        self._send_pages()
+        ids_host, width = self.ids_host.numpy(), 0
         for i, sequence in enumerate(self.sequences):
-            at = slice(i * heads, (i + 1) * heads)
-            for layer in range(layers):
-                width = sequence.ids[layer].shape[1]
-                ids[layer, at, :width] = sequence.ids[layer]
-                mass[layer, at, :width] = sequence.mass[layer]
-        width = int((ids >= 0).sum(2).max())  # the rest of every row is empty
-        ids, mass = ids[..., :width], mass[..., :width]
-        live = ids >= 0
-        code = np.where(live, _FORMAT[pool.code[ids]], _ABSENT)
-        order = np.argsort(code, axis=2, kind="stable")
-        ids, code, mass = (np.take_along_axis(x, order, 2) for x in (ids, code, mass))
-        live = code != _ABSENT
-        away = self._away() * (pool.tier[ids] == HOST)
-        keys, values = self.keys[1].numpy(), self.values[1].numpy()
-        keys[:, :, 1 : width + 1] = np.where(live, (pool.k_off[ids] + away) | pool.count[ids], 0)
-        values[:, :, 1 : width + 1] = np.where(live, pool.v_off[ids] + away, 0)
-        keys[:, :, width + 1 :] = 0
-        for i, sequence in enumerate(self.sequences):
-            at = slice(i * heads, (i + 1) * heads)
-            keys[:, at, 0], values[:, at, 0] = sequence.tail_offsets()
-            keys[:, at, 0] |= TAIL
-        self.order[:, :, :width] = order
-        self.mass[1].numpy()[:, :, 1 : width + 1] = np.nan_to_num(mass, nan=-1.0)
-        self.mass[1].numpy()[:, :, 0] = -1.0
-        self._share(code)
-        if any(s.retrieve for s in self.sequences):
-            self._select(ids, live, width)
-        self.tails[1].copy_(torch.tensor([s.tail_len for s in self.sequences]))
-        for device, host in (self.keys, self.values, self.mass, self.items, self.parts, self.tails):
-            device.copy_(host, non_blocking=True)
-        if self.pool.device.type == "cuda":
+            at = slice(i * self.heads, (i + 1) * self.heads)
+            for layer, ids in enumerate(sequence.ids):
+                ids_host[layer, at, : ids.shape[1]] = ids
+                ids_host[layer, at, ids.shape[1] :] = -1
+                width = max(width, ids.shape[1])
+            for part, offsets in enumerate(sequence.tail_offsets()):
+                self.tail_host.numpy()[part, :, at] = offsets
+            self.tails_host[i] = sequence.tail_len
+        device = self.pool.device
+        ids = self.ids_host[..., :width].to(device, non_blocking=True).long()
+        tail = self.tail_host.to(device, non_blocking=True)
+        self.tails.copy_(self.tails_host, non_blocking=True)
+        if device.type == "cuda":
             self.sent = torch.cuda.Event()
             self.sent.record()
+        self._build(ids, tail)
         self.seen = [(s.version, s.tail_len) for s in self.sequences]
 
     def measured(self) -> None:
-        """Take the mass that statistics steps have measured into the sequences. Waits for the GPU."""
+        """Take the mass that a statistics step has measured into the sequences. Waits for the GPU."""
         assert not self.stale()
-        mass, heads = self.mass[0][:, :, 1:].cpu().numpy(), self.pool.layers[0].heads
-        for i, sequence in enumerate(self.sequences):
-            at = slice(i * heads, (i + 1) * heads)
-            for layer, held in enumerate(sequence.mass):
-                width = held.shape[1]
-                np.put_along_axis(held, self.order[layer, at, :width], mass[layer, at, :width], 1)
-                held[(sequence.ids[layer] < 0) | (held < 0)] = np.nan
+        self.page_mass[self.order[..., 1:].clamp(min=0)] = self.mass[..., 1:]
+        mass = self.page_mass.cpu().numpy()
+        for sequence in self.sequences:
+            for layer, ids in enumerate(sequence.ids):
+                sequence.mass[layer] = np.where(ids >= 0, mass[ids], np.nan)
+                sequence.mass[layer][sequence.mass[layer] < 0] = np.nan
 
-    def _share(self, code: np.ndarray) -> None:
-        """Divide each layer's runs of pages among the programs; code: uint8 [L, R, P], sorted."""
-        counts = np.stack([(code == c).sum(2) for c in self.codes], 2)  # [L, R, F]
-        counts[:, :, 0] += 1  # the tail is native
-        items, parts = self.items[1].numpy(), self.parts[1].numpy()
-        items[...] = 0
-        for layer in range(len(counts)):
-            if layer and (counts[layer] == counts[layer - 1]).all():
-                items[layer], parts[layer] = items[layer - 1], parts[layer - 1]
-                continue
-            some, parts[layer] = share(counts[layer], self.time, self.codes, self.programs)
-            items[layer, : len(some)] = some
+    def _send_pages(self) -> None:
+        """What has changed of the pool's pages since the last time."""
+        pool = self.pool
+        if len(self.pages) < len(pool.stamp):
+            grown = torch.zeros(len(pool.stamp), 4, dtype=torch.int64, device=pool.device)
+            mass = torch.full((len(pool.stamp),), -1.0, device=pool.device)
+            grown[: len(self.pages)], mass[: len(self.page_mass)] = self.pages, self.page_mass
+            self.pages, self.page_mass = grown, mass
+        changed = np.flatnonzero(pool.stamp > self.clock)
+        away = self._away() * (pool.tier[changed] == HOST)
+        entry = np.empty((len(changed), 4), np.int64)
+        entry[:, 0] = (pool.k_off[changed] + away) | pool.count[changed]
+        entry[:, 1] = pool.v_off[changed] + away
+        # Bounds of the first page are not sent: it is always read. 0 is no offset of bounds: a tail lies there.
+        entry[:, 2] = np.where(pool.first[changed] == 0, 0, np.maximum(pool.b_off[changed], 0))
+        entry[:, 3] = _FORMAT[pool.code[changed]] + (pool.last[changed].astype(np.int64) << 8)
+        at = torch.from_numpy(changed).to(pool.device)
+        self.pages[at] = torch.from_numpy(entry).to(pool.device)
+        self.page_mass[at] = -1.0
+        self.clock = pool.clock
 
-    def _select(self, ids: np.ndarray, live: np.ndarray, width: int) -> None:
-        """Where the bounds of the pages lie, ids [L, R, P] as sorted, and how many pages each row reads."""
+    def _build(self, ids: Tensor, tail: Tensor) -> None:
+        """Tables from page ids int64 [L, R, P], -1 absent, and the offsets of the tails [2, L, R]; on the device."""
+        live = ids >= 0
+        entry = self.pages[ids.clamp(min=0)]  # [L, R, P, 4]
+        code = torch.where(live, entry[..., 3] & 255, ABSENT)
+        code, order = code.to(torch.uint8).sort(dim=2, stable=True)
+        ids, entry = ids.gather(2, order), entry.gather(2, order[..., None].expand(-1, -1, -1, 4))
+        live, end = ids >= 0, 1 + ids.shape[2]
+        for table, column in ((self.keys, 0), (self.values, 1)):
+            table[..., 0] = tail[column]
+            table[..., 1:end] = torch.where(live, entry[..., column], 0)
+            table[..., end:] = 0
+        self.keys[..., 0] |= TAIL
+        self.order[..., 1:end], self.order[..., end:] = ids, -1
+        self.mass.fill_(-1.0)
+        self.mass[..., 1:end] = torch.where(live, self.page_mass[ids.clamp(min=0)], -1.0)
+        full = torch.full_like(self.keys, ABSENT, dtype=torch.uint8)
+        full[..., 0], full[..., 1:end] = int(_FORMAT[0]), code  # the tail is native
+        for table, new in zip(
+            (self.items, self.spans, self.parts), plan_work(full, self.time, self.programs), strict=True
+        ):
+            table.copy_(new)
+        if any(s.retrieve for s in self.sequences):
+            self._select(entry, live)
+
+    def _select(self, entry: Tensor, live: Tensor) -> None:
+        """Where the bounds of the pages lie and how many pages each row reads, as policies/retrieval chooses them."""
         from adaptivekv.kernels.select import with_picked  # imports Triton
 
-        layers, rows, heads = len(ids), ids.shape[1], self.pool.layers[0].heads
+        layers, rows, width = live.shape
+        device = live.device
         if not self.selections:
-            device, self.bounds = self.pool.device, np.zeros((layers, rows, self.columns), np.int64)
-            shared = [torch.zeros(layers, rows, n, dtype=torch.int64, device=device) for n in (self.columns, 1)]
-            self.selections = [with_picked(t, shared[0][i], shared[1][i]) for i, t in enumerate(self.tables)]
-        ends = np.repeat([s.length - s.tail_len - 1 for s in self.sequences], heads)
-        always = (self.pool.first[ids] == 0) | (self.pool.last[ids] >= ends[:, None])  # as policies/retrieval does
-        shares = np.array([s.retrieve.read if s.retrieve else 1.0 for s in self.sequences])
-        self.bounds[...] = 0
-        self.bounds[:, :, 1 : width + 1] = np.where(live & ~always, np.maximum(self.pool.b_off[ids], 0), 0)
-        take = np.maximum(2, np.ceil(np.repeat(shares, heads) * live.sum(2)))  # [L, R], the tail beside them
-        take = np.minimum(take, live.sum(2)).astype(np.int64)
-        for i, selection in enumerate(self.selections):
-            selection.bounds.copy_(torch.from_numpy(self.bounds[i]))
-            selection.take.copy_(torch.from_numpy(take[i, :, None]))
+            bounds = torch.zeros(layers, rows, self.columns, dtype=torch.int64, device=device)
+            take = torch.zeros(layers, rows, 1, dtype=torch.int64, device=device)
+            self.selections = [with_picked(t, bounds[i], take[i]) for i, t in enumerate(self.tables)]
+            self.bounds, self.take = bounds, take
+        ends = torch.tensor([s.length - s.tail_len - 1 for s in self.sequences]).repeat_interleave(self.heads)
+        last = (entry[..., 3] >> 8) >= ends.to(device)[:, None]  # the newest page is always read
+        self.bounds.zero_()
+        self.bounds[..., 1 : width + 1] = torch.where(live & ~last, entry[..., 2], 0)
+        share = torch.tensor([s.retrieve.read if s.retrieve else 1.0 for s in self.sequences]).repeat_interleave(
+            self.heads
+        )
+        held = live.sum(2)
+        take = (held * share.to(device)).ceil().long().clamp(min=2)
+        self.take.copy_(torch.minimum(take, held)[..., None])  # the tail comes on top
 
     def _away(self) -> int:
         """From the device arena to the host arena, in bytes of one address space."""
