@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from adaptivekv.attention import decode_step
-from adaptivekv.kernels import triton_works
+from adaptivekv.kernels import decode_kernels, triton_works
 from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.memory.tables import PAIRS, StepTables, columns_for
 
@@ -101,11 +101,10 @@ class GraphDecoder:
             longest = max(max(s.length + r.new for s, r in zip(sequences, cache.requests, strict=True)), 1)
             from adaptivekv.kernels import tune  # not above: it imports Triton
 
-            shape = cache.shapes[0]
+            shape, processors = cache.shapes[0], decode_kernels().processors(cache.device)
             group = shape.q_heads // shape.heads
             launch = tune.launch_for(cache.device, shape.k_dim, shape.v_dim, group, cache.dtype, PAIRS)
-            processors = torch.cuda.get_device_properties(cache.device).multi_processor_count
-            self.tables = tables = StepTables(sequences, columns_for(longest), launch.programs * processors, launch)
+            self.tables = tables = StepTables(sequences, columns_for(longest), processors, launch)
             self.tokens = torch.zeros(len(sequences), 1, dtype=torch.int64, device=cache.device)
             self.positions = torch.zeros_like(self.tokens)
         if tables.stale():

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from adaptivekv.kernels.codec import PAGE, Codec
+from adaptivekv.kernels.decode import processors
 from adaptivekv.kernels.hadamard import hadamard
 from adaptivekv.kernels.table import ROTATED, Launch, PageTable, page_time, plan_work
 from adaptivekv.memory.formats import FORMATS
@@ -17,7 +18,6 @@ def make_table(
     tokens: int,
     dim: int,
     mix: dict[str, float],
-    programs: int,
     pairs: tuple[tuple[Codec, Codec], ...] = (),
     launch: Launch | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -55,12 +55,13 @@ def make_table(
     time = torch.zeros(256, dtype=torch.int64, device=device)
     time[codes] = torch.tensor([page_time(size, dim, dim) for size in sizes], device=device)
     code = torch.from_numpy(np.repeat(codes, np.diff(edges))).to(torch.uint8).to(device).expand(1, rows, pages)
-    work = (x[0] for x in plan_work(code.contiguous(), time, programs))
+    launch = launch or Launch()
+    work = plan_work(code.contiguous(), time, processors(torch.device(device)), launch.programs).layer(0)
     table = PageTable(
         arena, k_off + PAGE, v_off,
-        *work,
+        work,
         torch.zeros(requests, dtype=torch.int32, device=device), heads, pairs, dtype, dim, dim,
-        any(f.rotate for f in formats), False, launch or Launch(),
+        any(f.rotate for f in formats), False, launch,
     )  # fmt: skip
     return table, decoded[0].flatten(1, 2), decoded[1].flatten(1, 2)
 

@@ -26,9 +26,9 @@ from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.kernels.hadamard import signs
 from adaptivekv.kernels.select import select_pages
 from adaptivekv.kernels.splitkv import merge_kernel, prepare_kernel, split_kernel
-from adaptivekv.kernels.table import ROTATED, Launch, PageTable, plan_work
+from adaptivekv.kernels.table import ROTATED, Launch, PageTable, Work, plan_work
 
-__all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "select_pages"]
+__all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "processors", "select_pages"]
 
 ROWS = 16
 """Most query rows per KV head; fewer are padded to it, the smallest tile of a tensor-core product."""
@@ -64,8 +64,8 @@ def attend_table(
     rows, m, k_dim = q.shape
     if m > ROWS:
         raise AdaptiveKVError(f"the decode kernel takes at most {ROWS} query rows per KV head, got {m}")
-    columns, v_dim, device, launch = table.keys.shape[1], table.v_dim, q.device, table.launch
-    items, item, pdl = len(table.items), table.dtype.itemsize, _pdl(device)
+    columns, v_dim, device, launch, work = table.keys.shape[1], table.v_dim, q.device, table.launch, table.work
+    items, item, pdl = len(work.items), table.dtype.itemsize, _pdl(device)
     arena = table.arena[: table.arena.numel() // UNIT * UNIT]
     native = arena.view(table.dtype)
     empty = functools.partial(torch.empty, device=device, dtype=torch.float32)
@@ -84,9 +84,9 @@ def attend_table(
     if stats and page_lse is None:
         page_lse = empty((rows, columns, m))
     tiles = {16: launch.native_tiles, 8: launch.int8_tiles}
-    compiled = split_kernel[(len(table.spans),)](
+    compiled = split_kernel[(len(work.spans),)](
         planes, native, arena.view(torch.int16), arena.view(torch.float16), table.keys, table.values,
-        table.keys.view(torch.int32), table.items, table.spans, table.tails, part, part_lse,
+        table.keys.view(torch.int32), work.items, work.slots, work.spans, table.tails, part, part_lse,
         part_lse if page_lse is None else page_lse, rows, columns, table.heads,
         scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0,
         M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
@@ -95,10 +95,10 @@ def attend_table(
         num_warps=launch.warps, launch_pdl=pdl,
     )  # fmt: skip
     out, lse = torch.empty((rows, m, v_dim), dtype=q.dtype, device=device), empty((rows, m))
-    few = len(table.spans) < 12 * rows  # parts of a row: as many as there are in flight, not many more
+    few = len(work.spans) < 12 * rows  # parts of a row: as many as there are in flight, not many more
     measured = 0 if mass is None else triton.cdiv(columns, _MEASURED)
     merge_kernel[rows, m + measured](
-        part, part_lse, table.items, table.parts, v_sign, out, lse, part_lse if page_lse is None else page_lse,
+        part, part_lse, work.turned, work.parts, v_sign, out, lse, part_lse if page_lse is None else page_lse,
         table.keys, lse if mass is None else mass, columns,
         M=m, DV=v_dim, BV=bv, BM=ROWS, STEP=min(bv, _SIGNS // bv), NORM=v_norm, ROTATE=table.rotated,
         MASS=mass is not None, PAGES=_MEASURED, CHUNK=(2048 if few else 8192) // bv, PDL=pdl,
@@ -137,10 +137,9 @@ def attend_pages_triton(
     """
     heads, rows, k_dim = q.shape
     launch = Launch()
-    programs = launch.programs * _multiprocessors(q.device)
-    work = even_work(heads, batch.count.shape[1], ROTATED * batch.rotate, programs, q.device)
+    work, tails = even_work(heads, batch.count.shape[1], ROTATED * batch.rotate, launch.programs, q.device)
     table = PageTable(
-        batch.arena, batch.k_off + batch.count, batch.v_off.contiguous(), *work, 1,
+        batch.arena, batch.k_off + batch.count, batch.v_off.contiguous(), work, tails, 1,
         ((batch.k, batch.v),), batch.dtype, k_dim, batch.v_dim, batch.rotate, True, launch,
     )  # fmt: skip
     page_lse = torch.full((*batch.count.shape, rows), -torch.inf, device=q.device) if stats else None
@@ -149,12 +148,12 @@ def attend_pages_triton(
 
 
 @functools.lru_cache
-def even_work(heads: int, pages: int, code: int, programs: int, device: torch.device) -> tuple[Any, ...]:
-    """Items, spans, parts and tails of a table whose rows all have `pages` pages of one format."""
+def even_work(heads: int, pages: int, code: int, together: int, device: torch.device) -> tuple[Work, Tensor]:
+    """Work and tails of a table whose rows all have `pages` pages of one format; `together` programs a processor."""
     time = torch.ones(256, dtype=torch.int64, device=device)
     codes = torch.full((1, heads, pages), code, dtype=torch.uint8, device=device)
-    work = plan_work(codes, time, programs)
-    return (*(x[0] for x in work), torch.zeros(heads, dtype=torch.int32, device=device))
+    work = plan_work(codes, time, processors(device), together)
+    return work.layer(0), torch.zeros(heads, dtype=torch.int32, device=device)
 
 
 @functools.lru_cache
@@ -164,5 +163,6 @@ def _pdl(device: torch.device) -> bool:
 
 
 @functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -42,9 +42,9 @@ def select_pages(q: Tensor, table: PageTable, selection: Selection) -> PageTable
     )  # fmt: skip
     least = bound.sort(1, descending=True).values.gather(1, selection.take)
     picked = selection.picked
-    pick_kernel[(len(table.items),)](
-        table.keys, table.values, table.items, bound, least, picked.keys, picked.values, picked.items, columns,
-        CHUNK=64, num_warps=1,
+    pick_kernel[(len(table.work.items),)](
+        table.keys, table.values, table.work.items, bound, least, picked.keys, picked.values, picked.work.items,
+        columns, CHUNK=64, num_warps=1,
     )  # fmt: skip
     return picked
 
@@ -57,8 +57,8 @@ def select_reference(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def with_picked(table: PageTable, bounds: Tensor, take: Tensor) -> Selection:
     """Room for choosing among the pages of `table`."""
-    keys, values, items = (torch.zeros_like(x) for x in (table.keys, table.values, table.items))
-    return Selection(bounds, take, replace(table, keys=keys, values=values, items=items))
+    keys, values, items = (torch.zeros_like(x) for x in (table.keys, table.values, table.work.items))
+    return Selection(bounds, take, replace(table, keys=keys, values=values, work=replace(table.work, items=items)))
 
 
 @triton.jit

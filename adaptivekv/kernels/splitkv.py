@@ -187,7 +187,7 @@ def _attend(
 
 @triton.jit
 def split_kernel(
-    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, span_ptr, tail_ptr,
+    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, slot_ptr, span_ptr, tail_ptr,
     out_ptr, lse_ptr, page_lse_ptr, all_rows, columns, heads, scale, softcap,
     M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TYPE: tl.constexpr, BM: tl.constexpr,
     PAGE: tl.constexpr, SUBS: tl.constexpr, ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
@@ -204,7 +204,7 @@ def split_kernel(
         code = tl.load(item_ptr + item * 4 + 1)
         start = tl.load(item_ptr + item * 4 + 2)
         stop = tl.load(item_ptr + item * 4 + 3)
-        to = item * M
+        to = tl.load(slot_ptr + item) * M
         if start < stop:
             tail = tl.load(tail_ptr + row // heads)
             plane = q_ptr + ((code // 16) * all_rows + row) * M * DK  # the second plane is the rotated query
@@ -284,7 +284,7 @@ def prepare_kernel(
 
 @triton.jit
 def _merge(
-    part_ptr, part_lse_ptr, item_ptr, first, n, sign, sign_ptr, out_ptr, lse_ptr, m,
+    part_ptr, part_lse_ptr, turned_ptr, first, n, sign, sign_ptr, out_ptr, lse_ptr, m,
     M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
     ROTATE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -303,7 +303,7 @@ def _merge(
         part = tl.load(part_ptr + at[:, None] * DV + dim[None, :], mask=mask, other=0.0)
         lse = tl.load(part_lse_ptr + at, mask=here, other=-float("inf"))
         if ROTATE:
-            rotated = tl.load(item_ptr + (first + i) * 4 + 1, mask=here, other=0) >= 16
+            rotated = tl.load(turned_ptr + first + i, mask=here, other=0) != 0
             rotated_parts += tl.sum(rotated.to(tl.int32), 0)
         new_top = tl.maximum(top, tl.max(lse, 0))
         weight = tl.exp(lse - new_top)
@@ -361,7 +361,7 @@ def _mass(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, part_lse_ptr, item_ptr, parts_ptr, sign_ptr, out_ptr, lse_ptr, page_lse_ptr, key_ptr, mass_ptr, columns,
+    part_ptr, part_lse_ptr, turned_ptr, parts_ptr, sign_ptr, out_ptr, lse_ptr, page_lse_ptr, key_ptr, mass_ptr, columns,
     M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
     ROTATE: tl.constexpr, MASS: tl.constexpr, PAGES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -377,8 +377,8 @@ def merge_kernel(
         gdc_wait()
     if job < M:
         _merge(
-            part_ptr, part_lse_ptr, item_ptr, first, n, sign, sign_ptr, out_ptr + row * M * DV, lse_ptr + row * M, job,
-            M, DV, BV, STEP, NORM, ROTATE, CHUNK,
+            part_ptr, part_lse_ptr, turned_ptr, first, n, sign, sign_ptr, out_ptr + row * M * DV, lse_ptr + row * M,
+            job, M, DV, BV, STEP, NORM, ROTATE, CHUNK,
         )  # fmt: skip
     if MASS:  # noqa: SIM102
         if job >= M:

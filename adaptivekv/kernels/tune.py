@@ -88,9 +88,8 @@ def _time(
     q = torch.randn(heads, rows, k_dim, device=device, dtype=dtype)
 
     def table(launch: Launch) -> PageTable:
-        programs = launch.programs * torch.cuda.get_device_properties(device).multi_processor_count
-        work = even_work(heads, pages, index, programs, device)
-        return PageTable(arena, keys + PAGE, keys + k_size, *work, 1, pairs, dtype, k_dim, v_dim, launch=launch)
+        work, tails = even_work(heads, pages, index, launch.programs, device)
+        return PageTable(arena, keys + PAGE, keys + k_size, work, tails, 1, pairs, dtype, k_dim, v_dim, launch=launch)
 
     launch = occupancy(q, table(launch))
     ready = table(launch)

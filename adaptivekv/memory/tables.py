@@ -30,38 +30,40 @@ class StepTables:
     happen on the device. Column 0 of a row is the open tail. A page on the host is read there: its offset leads out of
     the arena into pinned memory.
 
-    columns: pages a row can hold, the tail included; programs: of the split kernel that run at once.
+    columns: pages a row can hold, the tail included; processors: of the GPU, each running `launch.programs` at once.
     """
 
-    def __init__(self, sequences: list[Sequence], columns: int, programs: int, launch: Launch):
+    def __init__(self, sequences: list[Sequence], columns: int, processors: int, launch: Launch):
         self.sequences, self.pool = sequences, sequences[0].pool
         shape, device, layers = self.pool.layers[0], self.pool.device, len(self.pool.layers)
         assert all(s == shape for s in self.pool.layers), "layers of different shapes"
-        self.columns, self.programs, self.heads = columns, programs, shape.heads
+        self.columns, self.heads = columns, shape.heads
+        self.processors, self.together = processors, launch.programs
         rows = len(sequences) * shape.heads
-        pinned = {"pin_memory": device.type == "cuda"}
-        self.ids_host = torch.full((layers, rows, columns - 1), -1, dtype=torch.int32, **pinned)
-        self.tail_host = torch.zeros(2, layers, rows, dtype=torch.int64, **pinned)
-        self.tails_host = torch.zeros(len(sequences), dtype=torch.int32, **pinned)
+        pinned = device.type == "cuda"
+        self.ids_host = torch.full((layers, rows, columns - 1), -1, dtype=torch.int32, pin_memory=pinned)
+        self.mass_host = torch.zeros(layers, rows, columns - 1, pin_memory=pinned)
+        self.tail_host = torch.zeros(2, layers, rows, dtype=torch.int64, pin_memory=pinned)
+        self.tails_host = torch.zeros(len(sequences), dtype=torch.int32, pin_memory=pinned)
 
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
         self.tails = zeros(len(sequences), dtype=torch.int32)
-        self.keys, self.values, self.order = (zeros(layers, rows, columns) for _ in range(3))
+        self.keys, self.values = zeros(layers, rows, columns), zeros(layers, rows, columns)
+        self.order = zeros(layers, rows, 0)
         self.mass = zeros(layers, rows, columns, dtype=torch.float32)
         self.pages = zeros(0, 4)  # by page id: key entry, value offset, bounds offset, format + flags
-        self.page_mass = torch.zeros(0, device=device)
         sizes = [fmt.bytes(shape.k_dim, shape.v_dim, self.pool.dtype) for fmt in BY_CODE]
         time = torch.zeros(256, dtype=torch.int64)
         time[_FORMAT.astype(np.int64)] = torch.tensor([page_time(size, shape.k_dim, shape.v_dim) for size in sizes])
         self.time = time.to(device)
         empty = torch.full((layers, rows, columns), ABSENT, dtype=torch.uint8, device=device)
-        self.items, self.spans, self.parts = plan_work(empty, self.time, programs)
+        self.work = plan_work(empty, self.time, processors, launch.programs)
         self.tables = [
             PageTable(
-                self.pool.arena(DEVICE).data, self.keys[i], self.values[i], self.items[i], self.spans[i],
-                self.parts[i], self.tails, shape.heads, PAIRS, self.pool.dtype, shape.k_dim, shape.v_dim, launch=launch,
+                self.pool.arena(DEVICE).data, self.keys[i], self.values[i], self.work.layer(i), self.tails,
+                shape.heads, PAIRS, self.pool.dtype, shape.k_dim, shape.v_dim, launch=launch,
             )
             for i in range(layers)
         ]  # fmt: skip
@@ -89,44 +91,47 @@ class StepTables:
         if self.sent is not None:
             self.sent.synchronize()  # the host tensors may still be on their way
         self._send_pages()
-        ids_host, width = self.ids_host.numpy(), 0
+        ids_host, mass_host, width = self.ids_host.numpy(), self.mass_host.numpy(), 0
         for i, sequence in enumerate(self.sequences):
             at = slice(i * self.heads, (i + 1) * self.heads)
-            for layer, ids in enumerate(sequence.ids):
-                ids_host[layer, at, : ids.shape[1]] = ids
-                ids_host[layer, at, ids.shape[1] :] = -1
-                width = max(width, ids.shape[1])
+            for layer, held in enumerate(sequence.ids):
+                ids_host[layer, at, : held.shape[1]] = held
+                ids_host[layer, at, held.shape[1] :] = -1
+                mass_host[layer, at, : held.shape[1]] = np.nan_to_num(sequence.mass[layer], nan=-1.0)
+                width = max(width, held.shape[1])
             for part, offsets in enumerate(sequence.tail_offsets()):
                 self.tail_host.numpy()[part, :, at] = offsets
             self.tails_host[i] = sequence.tail_len
         device = self.pool.device
         ids = self.ids_host[..., :width].to(device, non_blocking=True).long()
+        mass = self.mass_host[..., :width].to(device, non_blocking=True)
         tail = self.tail_host.to(device, non_blocking=True)
         self.tails.copy_(self.tails_host, non_blocking=True)
         if device.type == "cuda":
             self.sent = torch.cuda.Event()
             self.sent.record()
-        self._build(ids, tail)
+        self._build(ids, mass, tail)
         self.seen = [(s.version, s.tail_len) for s in self.sequences]
 
     def measured(self) -> None:
         """Take the mass that a statistics step has measured into the sequences. Waits for the GPU."""
         assert not self.stale()
-        self.page_mass[self.order[..., 1:].clamp(min=0)] = self.mass[..., 1:]
-        mass = self.page_mass.cpu().numpy()
-        for sequence in self.sequences:
-            for layer, ids in enumerate(sequence.ids):
-                sequence.mass[layer] = np.where(ids >= 0, mass[ids], np.nan)
-                sequence.mass[layer][sequence.mass[layer] < 0] = np.nan
+        width = self.order.shape[2]
+        mine = torch.empty(self.order.shape, device=self.mass.device)
+        mass = mine.scatter_(2, self.order, self.mass[..., 1 : width + 1]).cpu().numpy()
+        for i, sequence in enumerate(self.sequences):
+            at = slice(i * self.heads, (i + 1) * self.heads)
+            for layer, held in enumerate(sequence.mass):
+                held[...] = mass[layer, at, : held.shape[1]]
+                held[held < 0] = np.nan
 
     def _send_pages(self) -> None:
         """What has changed of the pool's pages since the last time."""
         pool = self.pool
         if len(self.pages) < len(pool.stamp):
             grown = torch.zeros(len(pool.stamp), 4, dtype=torch.int64, device=pool.device)
-            mass = torch.full((len(pool.stamp),), -1.0, device=pool.device)
-            grown[: len(self.pages)], mass[: len(self.page_mass)] = self.pages, self.page_mass
-            self.pages, self.page_mass = grown, mass
+            grown[: len(self.pages)] = self.pages
+            self.pages = grown
         changed = np.flatnonzero(pool.stamp > self.clock)
         away = self._away() * (pool.tier[changed] == HOST)
         entry = np.empty((len(changed), 4), np.int64)
@@ -137,11 +142,10 @@ class StepTables:
         entry[:, 3] = _FORMAT[pool.code[changed]] + (pool.last[changed].astype(np.int64) << 8)
         at = torch.from_numpy(changed).to(pool.device)
         self.pages[at] = torch.from_numpy(entry).to(pool.device)
-        self.page_mass[at] = -1.0
         self.clock = pool.clock
 
-    def _build(self, ids: Tensor, tail: Tensor) -> None:
-        """Tables from page ids int64 [L, R, P], -1 absent, and the offsets of the tails [2, L, R]; on the device."""
+    def _build(self, ids: Tensor, mass: Tensor, tail: Tensor) -> None:
+        """Tables from page ids int64 [L, R, P], -1 absent, their mass, and the tails' offsets [2, L, R], on the device."""
         live = ids >= 0
         entry = self.pages[ids.clamp(min=0)]  # [L, R, P, 4]
         code = torch.where(live, entry[..., 3] & 255, ABSENT)
@@ -153,15 +157,12 @@ class StepTables:
             table[..., 1:end] = torch.where(live, entry[..., column], 0)
             table[..., end:] = 0
         self.keys[..., 0] |= TAIL
-        self.order[..., 1:end], self.order[..., end:] = ids, -1
+        self.order = order  # where each page stands in its sequence
         self.mass.fill_(-1.0)
-        self.mass[..., 1:end] = torch.where(live, self.page_mass[ids.clamp(min=0)], -1.0)
+        self.mass[..., 1:end] = torch.where(live, mass.gather(2, order), -1.0)
         full = torch.full_like(self.keys, ABSENT, dtype=torch.uint8)
         full[..., 0], full[..., 1:end] = int(_FORMAT[0]), code  # the tail is native
-        for table, new in zip(
-            (self.items, self.spans, self.parts), plan_work(full, self.time, self.programs), strict=True
-        ):
-            table.copy_(new)
+        self.work.copy_(plan_work(full, self.time, self.processors, self.together))
         if any(s.retrieve for s in self.sequences):
             self._select(entry, live)
 

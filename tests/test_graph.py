@@ -1,0 +1,127 @@
+"""Decode steps through page tables against the eager path: in the interpreter, and as captured graphs on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this file is also run by itself
+
+from adaptivekv.cache import AdaptiveCache
+from adaptivekv.graph import GraphDecoder, refused
+from adaptivekv.kernels.table import ABSENT, ROTATED, plan_work
+from tests.models import tiny
+
+PLANS = ("k4v2 | offload(0.4)", "snapkv(0.4) | int8", "int2 | retrieve(0.4)")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pages=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=6),
+    processors=st.integers(1, 5),
+    together=st.integers(1, 4),
+)
+def test_work_covers_every_page_once(pages, processors, together):
+    """Two layers, the second with its rows turned around; formats 0, 2 and 1 + ROTATED of different weight."""
+    codes, time = (0, 2, ROTATED + 1), torch.zeros(256, dtype=torch.int64)
+    time[list(codes)] = torch.tensor([7, 3, 2])
+    counts = np.array([pages, pages[::-1]])
+    code = torch.full((*counts.shape[:2], 27), ABSENT, dtype=torch.uint8)
+    for (layer, row), _ in np.ndenumerate(counts[..., 0]):
+        run = np.repeat(codes, counts[layer, row])
+        code[layer, row, : len(run)] = torch.from_numpy(run.astype(np.uint8))
+    work = plan_work(code, time, processors, together)
+    for layer in range(2):
+        one = work.layer(layer)
+        covered, done, used = np.zeros(code.shape[1:], int), [], np.zeros(len(one.slots), int)
+        for first, n in one.spans.tolist():
+            for item in range(first, first + n):
+                row, fmt, start, stop = one.items[item].tolist()
+                assert start < stop and (code[layer, row, start:stop] == fmt).all()
+                covered[row, start:stop] += 1
+                slot = int(one.slots[item])
+                begin, many = one.parts[row].tolist()
+                assert begin <= slot < begin + many, "a result outside its row's"
+                assert one.turned[slot] == (fmt >= ROTATED)
+                used[slot] += 1
+                done.append(item)
+        assert (covered == (code[layer] != ABSENT).numpy()).all(), "a page left out or read twice"
+        assert sorted(done) == list(range(len(done))) and used.max(initial=0) <= 1
+        assert int(one.parts[:, 1].sum()) == len(done)
+
+
+def compare(plan, steps, decoder=None, device="cpu", generated=28):
+    """Worst relative difference of logits, eager path against steps through tables; page mass is compared here."""
+    from adaptivekv.attention import decode_step
+    from adaptivekv.kernels.table import Launch
+    from adaptivekv.memory.tables import StepTables, columns_for
+
+    torch.manual_seed(0)
+    model = tiny("llama").to(device)
+    ids = torch.randint(2, 150, (2, 250), device=device)
+    eager, graph = (AdaptiveCache(model, plan=plan, max_tokens=600) for _ in range(2))
+    worst = 0.0
+    with torch.inference_mode():
+        for cache in (eager, graph):
+            for start in range(0, 250, 64):
+                model(ids[:, start : start + 64], past_key_values=cache)
+            cache.end_prefill()
+            for request in cache.requests:
+                request.generated = generated
+        tables = None if device == "cuda" else StepTables(graph.sequences, columns_for(300), 2, Launch(programs=4))
+        replays = GraphDecoder(model, graph) if device == "cuda" else None
+        token = torch.tensor([[5], [7]], device=device)
+        for _ in range(steps):  # the tail has 58 slots: the seventh step seals it
+            want = model(token, past_key_values=eager).logits[:, -1]
+            if replays:
+                got = replays.step(token[:, 0])
+            else:
+                stats = graph.begin_graph_step()
+                if tables.stale():
+                    tables.update()
+                with decode_step(tables, stats):
+                    tables.tails.add_(1)
+                    position = torch.full((2, 1), graph.seen)
+                    got = model(token, position_ids=position, past_key_values=graph).logits[:, -1]
+                tables.advance()
+                if stats:
+                    tables.measured()
+                graph.end_graph_step()
+            worst = max(worst, float((got - want).abs().max() / want.abs().max()))
+            token = want.argmax(-1, keepdim=True)
+        graph.pool.check_integrity()
+        if "retrieve" not in plan:
+            for mine, theirs in zip(graph.sequences, eager.sequences, strict=True):
+                for a, b in zip(mine.mass, theirs.mass, strict=True):
+                    np.testing.assert_allclose(a, b, atol=1e-5)
+    return worst
+
+
+def test_tables_equal_the_eager_path_in_the_interpreter():
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_cpu_is_refused_with_the_reason():
+    assert refused(AdaptiveCache(tiny("llama"))) == "the model is not on a GPU"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["full", *PLANS])
+def test_graphs_equal_the_eager_path(plan):
+    assert compare(plan, 12, device="cuda") < 1e-2
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for text in PLANS:
+        difference = compare(text, 8)
+        assert difference < 1e-4, (text, difference)
