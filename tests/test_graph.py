@@ -56,7 +56,7 @@ def test_work_covers_every_page_once(pages, processors, together):
         assert int(one.parts[:, 1].sum()) == len(done)
 
 
-def compare(plan, steps, decoder=None, device="cpu", generated=28):
+def compare(plan, steps, decoder=None, device="cpu", generated=29):
     """Worst relative difference of logits, eager path against steps through tables; page mass is compared here."""
     from adaptivekv.attention import decode_step
     from adaptivekv.kernels.table import Launch
@@ -64,12 +64,12 @@ def compare(plan, steps, decoder=None, device="cpu", generated=28):
 
     torch.manual_seed(0)
     model = tiny("llama").to(device)
-    ids = torch.randint(2, 150, (2, 250), device=device)
+    ids = torch.randint(2, 150, (2, 253), device=device)
     eager, graph = (AdaptiveCache(model, plan=plan, max_tokens=600) for _ in range(2))
     worst = 0.0
     with torch.inference_mode():
         for cache in (eager, graph):
-            for start in range(0, 250, 64):
+            for start in range(0, 253, 64):
                 model(ids[:, start : start + 64], past_key_values=cache)
             cache.end_prefill()
             for request in cache.requests:
@@ -77,7 +77,7 @@ def compare(plan, steps, decoder=None, device="cpu", generated=28):
         tables = None if device == "cuda" else StepTables(graph.sequences, columns_for(300), 2, Launch(programs=4))
         replays = GraphDecoder(model, graph) if device == "cuda" else None
         token = torch.tensor([[5], [7]], device=device)
-        for _ in range(steps):  # the tail has 58 slots: the seventh step seals it
+        for _ in range(steps):  # the tail has 61 slots: the third step seals it
             want = model(token, past_key_values=eager).logits[:, -1]
             if replays:
                 got = replays.step(token[:, 0])
@@ -123,5 +123,5 @@ def test_graphs_equal_the_eager_path(plan):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for text in PLANS:
-        difference = compare(text, 8)
+        difference = compare(text, 5)
         assert difference < 1e-4, (text, difference)

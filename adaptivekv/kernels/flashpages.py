@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from adaptivekv.kernels.language import log2
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -51,14 +53,6 @@ def _values(words, step, zero, AT: tl.constexpr, SPAN: tl.constexpr, BITS: tl.co
         low = _values(words, step, zero, AT, SPAN // 2, BITS, INTERPRET)
         high = _values(words, step, zero, AT + SPAN // 2, SPAN // 2, BITS, INTERPRET)
         return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (low.shape[0], 2 * low.shape[1]))
-
-
-@triton.jit
-def _log2(x, INTERPRET: tl.constexpr):
-    """The hardware's logarithm: `tl.log2` corrects its last bits with a dozen instructions."""
-    if INTERPRET:
-        return tl.log2(x)
-    return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -210,7 +204,7 @@ def prefill_kernel(
             for i in tl.static_range(SPAN):
                 if SPAN > 1:
                     mass = tl.sum(tl.where(column[None, :] // PAGE == i, weights, 0.0), 1)
-                page_lse = (floor + _log2(mass, INTERPRET)) * _LN2
+                page_lse = (floor + log2(mass, INTERPRET)) * _LN2
                 size = tl.where(page + i < stop, M, 0)
                 _store(page_lse_ptr + (head * pages + page + i) * M, rows, page_lse, size, INTERPRET)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE, UNIT, Codec
-from adaptivekv.kernels.hadamard import hadamard
+from adaptivekv.kernels.hadamard import signs
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -43,10 +43,10 @@ def recode(
     kind = dtype if old.native else torch.float16  # levels up to 255 are exact in float16
     # the interpreter multiplies bfloat16 bit patterns as integers
     kind = torch.float32 if _INTERPRETED and kind == torch.bfloat16 else kind
-    signs, block = _signs(dim, src_off.device, kind) if rotate else (src, 1)
+    matrix, block = _signs(dim, src_off.device, kind) if rotate else (src, 1)
     recode_kernel[(len(src_off),)](
         src, _as(src, dtype), _as(src, torch.float16), dst, _as(dst, dtype), _as(dst, torch.float16),
-        src_off, dst_off, count, signs, float(block) ** -0.5,
+        src_off, dst_off, count, matrix, float(block) ** -0.5,
         D=dim, BW=max(16, triton.next_power_of_2(dim // 4)), OLD=old.bits, NEW=new.bits, ITEM=dtype.itemsize,
         ROTATE=rotate, BLOCK=block, TYPE=_TYPES[kind], NATIVE=_TYPES[dtype],
         PAD=new.part_bytes(dim, dtype) - _stored(new, dim, dtype), PAGE=PAGE, UNIT=UNIT,
@@ -99,7 +99,7 @@ def _stored(codec: Codec, dim: int, dtype: torch.dtype) -> int:
 @functools.lru_cache(maxsize=64)
 def _signs(dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
     """The Hadamard matrix of `dim` without its factor: [dim, dim] of -1, 0 and 1, and the size of its blocks."""
-    return hadamard(torch.eye(dim)).sign().to(device=device, dtype=dtype), dim & -dim
+    return signs(dim, device)[0].to(dtype), dim & -dim
 
 
 @triton.jit

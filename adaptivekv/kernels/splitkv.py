@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from adaptivekv.kernels.language import log2
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _SHRINK = tl.constexpr(16777216.0)  # 2**24: a level read as a float16 bit pattern is 2**-24 of itself
@@ -28,14 +30,6 @@ def _field(words, AT: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr)
         f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK | (MASK << 16)}; }}",
         "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2,
     )  # fmt: skip
-
-
-@triton.jit
-def _log2(x, INTERPRET: tl.constexpr):
-    """The hardware's logarithm: `tl.log2` corrects its last bits with a dozen instructions."""
-    if INTERPRET:
-        return tl.log2(x)
-    return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -142,10 +136,10 @@ def _attend(
         total = total * fade + mass
         top = new_top
         if STATS:
-            page_lse = floor + _log2(mass, INTERPRET)
+            page_lse = floor + log2(mass, INTERPRET)
             if SUB == 2:  # the second half of a page adds the first
                 far = -tl.abs(page_lse - half_lse)
-                both = tl.maximum(page_lse, half_lse) + _log2(1.0 + tl.exp2(far), INTERPRET)
+                both = tl.maximum(page_lse, half_lse) + log2(1.0 + tl.exp2(far), INTERPRET)
                 both = tl.where(both > -1e37, both, -float("inf"))
                 page_lse = tl.where(step % 2 == 1, both, page_lse)
                 half_lse = tl.maximum(page_lse, -1e38)

@@ -205,8 +205,10 @@ class Sequence:
         heads, n = ids.shape
         ends = (self.ids[layer] >= 0).sum(1)
         grow = max(0, int(ends.max(initial=0)) + n - self.ids[layer].shape[1])
-        self.ids[layer] = np.pad(self.ids[layer], ((0, 0), (0, grow)), constant_values=-1)
-        self.mass[layer] = np.pad(self.mass[layer], ((0, 0), (0, grow)), constant_values=np.nan)
+        if grow:
+            more = np.full((heads, grow), -1, np.int32)
+            self.ids[layer] = np.concatenate([self.ids[layer], more], 1)
+            self.mass[layer] = np.concatenate([self.mass[layer], np.full((heads, grow), np.nan, np.float32)], 1)
         cols = ends[:, None] + np.arange(n)
         self.ids[layer][np.arange(heads)[:, None], cols] = ids
         self.touch(layer)

@@ -103,8 +103,9 @@ class StepTables:
                 self.tail_host.numpy()[part, :, at] = offsets
             self.tails_host[i] = sequence.tail_len
         device = self.pool.device
-        ids = self.ids_host[..., :width].to(device, non_blocking=True).long()
-        mass = self.mass_host[..., :width].to(device, non_blocking=True)
+        # Whole tensors: a part of one would be gathered into memory that is not pinned first.
+        ids = self.ids_host.to(device, non_blocking=True)[..., :width].long()
+        mass = self.mass_host.to(device, non_blocking=True)[..., :width]
         tail = self.tail_host.to(device, non_blocking=True)
         self.tails.copy_(self.tails_host, non_blocking=True)
         if device.type == "cuda":
@@ -145,7 +146,7 @@ class StepTables:
         self.clock = pool.clock
 
     def _build(self, ids: Tensor, mass: Tensor, tail: Tensor) -> None:
-        """Tables from page ids int64 [L, R, P], -1 absent, their mass, and the tails' offsets [2, L, R], on the device."""
+        """Tables from page ids int64 [L, R, P], -1 absent, their mass, and the tails' offsets [2, L, R]."""
         live = ids >= 0
         entry = self.pages[ids.clamp(min=0)]  # [L, R, P, 4]
         code = torch.where(live, entry[..., 3] & 255, ABSENT)
