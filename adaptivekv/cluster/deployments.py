@@ -47,11 +47,13 @@ class Worker:
         import torch
 
         from adaptivekv.cluster.conversations import make_engine
+        from adaptivekv.engine.process import freeze
         from adaptivekv.engine.session import Options
         from adaptivekv.model import load
 
         torch.set_num_threads(threads)
         self.engine = make_engine(load(model, device, dtype), Options(**options), sessions, trajectories)
+        freeze()
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """`{"selector": "champion" | "rules" | path, "tracking_uri": ...}`; other keys only make it look new."""
