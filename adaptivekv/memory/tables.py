@@ -90,6 +90,7 @@ class StepTables:
         """Write the tables anew from the sequences."""
         if self.sent is not None:
             self.sent.synchronize()  # the host tensors may still be on their way
+        self.pool.fence()  # steps read host pages where they lie: not before they have arrived
         self._send_pages()
         ids_host, mass_host, width = self.ids_host.numpy(), self.mass_host.numpy(), 0
         for i, sequence in enumerate(self.sequences):
