@@ -24,8 +24,9 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.attend import PageBatch
 from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.kernels.hadamard import signs
+from adaptivekv.kernels.mergekv import merge_kernel, prepare_kernel
 from adaptivekv.kernels.select import select_pages
-from adaptivekv.kernels.splitkv import merge_kernel, prepare_kernel, split_kernel
+from adaptivekv.kernels.splitkv import split_kernel
 from adaptivekv.kernels.table import ROTATED, Launch, PageTable, Work, plan_work
 
 __all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "processors", "select_pages"]
