@@ -48,8 +48,8 @@ def doctor() -> dict[str, Any]:
 
 
 def _model(problem: Any) -> dict[str, Any]:
+    from adaptivekv.embedded import DEFAULT, cache_folder, converted_folder, is_converted
     from adaptivekv.errors import AdaptiveKVError
-    from adaptivekv.model import DEFAULT, cache_folder, converted_folder, is_converted
 
     cache = cache_folder()
     converted = False

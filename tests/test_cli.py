@@ -47,7 +47,7 @@ def test_generate_json_keeps_its_contract(tmp_path):
 
 
 def test_session_goes_on_from_disk(tmp_path, monkeypatch):
-    from adaptivekv.model import cache_folder
+    from adaptivekv.embedded import cache_folder
 
     home = tmp_path / "cache"
     home.mkdir()

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptivekv import model as loading
+from adaptivekv import embedded as loading
 from adaptivekv.doctor import doctor
+from adaptivekv.embedded import converted, converted_folder, is_converted
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.model import LoadedModel, converted, converted_folder, is_converted, load
+from adaptivekv.model import LoadedModel, load
 
 ROOT = Path(__file__).parent.parent
-CONVERT = "from adaptivekv.model import converted; print(converted())"
+CONVERT = "from adaptivekv.embedded import converted; print(converted())"
 
 
 @dataclass

@@ -22,9 +22,10 @@ from ray.serve import Deployment
 
 from adaptivekv.cluster.deployments import Ingress, Worker, model_id
 from adaptivekv.controller import DEFAULT_QUALITY
+from adaptivekv.embedded import DEFAULT, EMBEDDED, converted
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.formats import parse_bytes
-from adaptivekv.model import DEFAULT, EMBEDDED, converted, resolve_device, resolve_dtype
+from adaptivekv.model import resolve_device, resolve_dtype
 from adaptivekv.trainer import tracking
 from adaptivekv.trainer.registry import ALIAS, find_champion
 
@@ -159,7 +160,8 @@ def check_model(model: str) -> None:
         return
     from transformers import AutoConfig
 
-    from adaptivekv.model import _hint, _local_folder, quiet
+    from adaptivekv.huggingface import quiet
+    from adaptivekv.model import _hint, _local_folder
 
     folder = _local_folder(model)
     with quiet():
