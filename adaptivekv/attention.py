@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels import PageBatch, attend_dense, causal_attention, decode_kernels, merge, page_attention
 from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.memory.sequence import Sequence
@@ -52,6 +53,11 @@ def attention(
     Returns ([B, q, Hq, v_dim], None).
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Staged) and attention_mask is not None and attention_mask.dim() != 2:
+        raise AdaptiveKVError(
+            "a 4-D mask on a full-attention layer (blocks of an image, packed sequences, a mask of your own): "
+            "AdaptiveCache only knows causal attention with padding; use DynamicCache"
+        )
     if isinstance(key, Staged) and _step is not None:
         out = _attend_step(query, key, scaling, softcap, s_aux)
     elif isinstance(key, Staged):

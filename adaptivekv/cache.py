@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from adaptivekv import attention as attention_room
 from adaptivekv.attention import Staged, attend_sequence
@@ -75,17 +76,27 @@ class AdaptiveCache(Cache):
         self._started = 0.0
         self._facts: dict[str, float] = {}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
-        super().__init__(layers=self._make_layers(model))
+        self._config = model.config.get_text_config(decoder=True)
+        super().__init__(layers=self._make_layers())
         attention_room.register()
         model.set_attn_implementation(attention_room.NAME)
+        if self._config._attn_implementation != attention_room.NAME:  # transformers only warns
+            raise AdaptiveKVError(
+                f"model type {self._config.model_type}: its attention function cannot be exchanged; use DynamicCache"
+            )
 
-    def _make_layers(self, model: PreTrainedModel) -> list[CacheLayerMixin]:
-        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    def _make_layers(self) -> list[CacheLayerMixin]:
+        layers = DynamicCache(config=self._config).layers
         own = 0
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[i], own = AdaptiveLayer(self, own), own + 1
         return layers
+
+    @property
+    def kept(self) -> list[CacheLayerMixin]:
+        """The layers transformers keeps: sliding windows, linear attention. A DummyLayer holds nothing."""
+        return [x for x in self.layers if not isinstance(x, AdaptiveLayer) and type(x).__name__ != "DummyLayer"]
 
     # -- what callers use --------------------------------------------------------------------------------------------
 
@@ -137,8 +148,25 @@ class AdaptiveCache(Cache):
         for sequence in self.sequences:
             if sequence.length != self.seen:
                 raise AdaptiveKVError("truncate: rows with pads cannot be cut at one length")
+        if length < self.seen:
+            self._crop_kept(length)
+        for sequence in self.sequences:
             sequence.truncate(length)
         self.seen = length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.truncate(self.seen - abs(tokens_to_remove))
+
+    def _crop_kept(self, length: int) -> None:
+        """A window that has moved on and a recurrent state no longer know what they were."""
+        for layer in self.kept:
+            if type(layer) is not DynamicSlidingWindowLayer or layer.get_seq_length() >= layer.sliding_window:
+                raise AdaptiveKVError(
+                    f"truncate: {type(layer).__name__}, which transformers keeps, cannot return to {length} tokens; "
+                    "clear() the cache and read the prompt again"
+                )
+        for layer in self.kept:
+            layer.crop(length - self.seen)
 
     def end_prefill(self) -> None:
         """The prompt has ended: decide and apply the plan now instead of at the first decode step."""
@@ -148,6 +176,11 @@ class AdaptiveCache(Cache):
 
     def adopt(self, load: Callable[[PagePool], Sequence], length: int, new: int) -> None:
         """Take up a saved sequence of `length` tokens as this cache's only row; `load` reads it into the pool."""
+        if self.kept:
+            raise AdaptiveKVError(
+                f"model type {self._config.model_type}: what its {type(self.kept[0]).__name__}s hold is not saved; "
+                "read the prompt again"
+            )
         self.clear()
         budget = self._budget_bytes(length, new)
         if self.pool is None:
@@ -163,6 +196,8 @@ class AdaptiveCache(Cache):
             sequence.free()
         self.requests, self.seen, self._expected = [], 0, None
         self.pool = self.pool if self.shared else None
+        if self.kept:
+            self.layers = self._make_layers()
 
     def frozen_step(self) -> _Frozen:
         """`with cache.frozen_step(): model(...)`: new tokens attend to the cache and each other, nothing is stored."""
@@ -316,10 +351,13 @@ class AdaptiveCache(Cache):
 
 class _Frozen:
     def __init__(self, cache: AdaptiveCache):
-        self.cache = cache
+        self.cache, self.layers = cache, cache.layers
 
     def __enter__(self) -> None:
         self.cache.frozen = True
+        # the layers transformers keeps store whatever they see: let copies of them see it
+        self.layers = self.cache.layers
+        self.cache.layers = [x if isinstance(x, AdaptiveLayer) else copy.deepcopy(x) for x in self.layers]
 
     def __exit__(self, *exc: object) -> None:
-        self.cache.frozen = False
+        self.cache.frozen, self.cache.layers = False, self.layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,50 +11,33 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve e
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from adaptivekv.bench.cli import app as bench
+from adaptivekv.console import (
+    Budget,
+    Device,
+    Dtype,
+    Haystack,
+    Json,
+    Model,
+    PlanText,
+    Quality,
+    Seed,
+    SelectorName,
+    bar,
+    err,
+    mib,
+    out,
+    read_text,
+    show_facts,
+)
 from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.trainer.cli import app as learn
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(bench, name="bench")
-err = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, nothing else")]
-Model = Annotated[str | None, typer.Option(help="Hugging Face id or folder, smollm2 or gemma3-270m")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-Budget = Annotated[str | None, typer.Option(help="device KV bytes: 64MiB, or a share of the full cache: 0.25")]
-Quality = Annotated[float, typer.Option(help="largest acceptable loss, nats per token")]
-PlanText = Annotated[str | None, typer.Option(help="a fixed plan such as 'snapkv(0.5) | k4v2'; none: it is chosen")]
-SelectorName = Annotated[str | None, typer.Option(help="champion, rules, or a folder with policy.npz")]
-Seed = Annotated[int, typer.Option()]
-Tracking = Annotated[str | None, typer.Option(help="MLflow tracking URI; default sqlite:///mlflow.db")]
-Haystack = Annotated[Path | None, typer.Option(help="a UTF-8 text to build contexts from; default Moby-Dick")]
-
-
-def out(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=None, default=float) + "\n")
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, or one line that says what is wrong with it."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AdaptiveKVError(f"file {path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise AdaptiveKVError(f"file {path}: {(error.strerror or str(error)).lower()}") from None
-
-
-def mib(count: float | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.1f} MiB"
-
-
-def bar(quiet: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=err, disable=quiet, transient=True)
+app.add_typer(learn)
 
 
 @app.command()
@@ -194,91 +176,6 @@ def evaluate(
 
 
 @app.command()
-def collect(
-    scenario: Annotated[Path | None, typer.Option(help="a scenario YAML; default: the mixed scenario")] = None,
-    requests: Annotated[int, typer.Option(min=1)] = 24,
-    plans: Annotated[list[str] | None, typer.Option(help="plans to replay; default: all candidates")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="longest prompt")] = 2000,
-    new_tokens: Annotated[int, typer.Option(min=1, help="tokens replayed per request")] = 24,
-    seed: Seed = 0,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="working folder; a killed run resumes from it")] = None,
-    model: Model = None,
-    tracking_uri: Tracking = None,
-    experiment: str = "adaptivekv",
-    json_: Json = False,
-) -> None:
-    """Replay a workload through plans on Ray workers and log trajectories to MLflow."""
-    from adaptivekv.cluster.collect import collect as run
-
-    with bar(json_) as progress:
-        job = progress.add_task("collect", total=requests)
-        result = run(
-            scenario, requests, plans or None, workers, seed, max_tokens, new_tokens, model, out_dir, tracking_uri,
-            experiment, progress=lambda done, total: progress.update(job, completed=done, total=total),
-        )  # fmt: skip
-    out(result) if json_ else _facts("collect", result)
-
-
-@app.command()
-def train(
-    sources: Annotated[
-        list[str] | None, typer.Argument(help="collect runs or folders; default: the latest run")
-    ] = None,
-    seed: Seed = 0,
-    out_dir: Annotated[Path, typer.Option("--out")] = Path("policy"),
-    tracking_uri: Tracking = None,
-    experiment: str = "adaptivekv",
-    json_: Json = False,
-) -> None:
-    """Fit a selector on collected trajectories and export the flat policy."""
-    from adaptivekv.trainer.train import train as run
-
-    with err.status("train"):
-        result = run(sources or None, seed, str(out_dir), tracking_uri, experiment)
-    out(result) if json_ else _facts("train", result)
-
-
-@app.command()
-def promote(
-    run_id: Annotated[str, typer.Argument(help="the train run whose policy becomes champion")],
-    name: str = "kv-selector",
-    alias: str = "champion",
-    force: Annotated[bool, typer.Option("--force", help="even if it is not better")] = False,
-    tracking_uri: Tracking = None,
-    json_: Json = False,
-) -> None:
-    """Register a trained policy and point the alias at it."""
-    from adaptivekv.trainer.registry import promote as run
-
-    result = run(run_id, name, alias, force, tracking_uri)
-    out(result) if json_ else _facts("promote", result)
-
-
-@app.command()
-def compare(
-    kind: Annotated[str, typer.Option(help="train, collect or all")] = "train",
-    tracking_uri: Tracking = None,
-    experiment: Annotated[str | None, typer.Option()] = None,
-    json_: Json = False,
-) -> None:
-    """Runs side by side: a table and a plot, also logged to MLflow."""
-    from adaptivekv.trainer.compare import compare as run
-
-    result = run(kind, tracking_uri, experiment)
-    if json_:
-        out(result)
-        return
-    rows = result["rows"]
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*names, title=f"{kind} runs")
-    for row in rows:
-        table.add_row(*(f"{row.get(n):.4g}" if isinstance(row.get(n), float) else str(row.get(n, "")) for n in names))
-    Console().print(table)
-    err.print(f"plot: {result['plot']}")
-
-
-@app.command()
 def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -331,7 +228,7 @@ def doctor(json_: Json = False) -> None:
     from adaptivekv.doctor import doctor as run
 
     facts = run()
-    out(facts) if json_ else _facts("doctor", facts)
+    out(facts) if json_ else show_facts("doctor", facts)
     raise typer.Exit(1 if facts["problems"] else 0)
 
 
@@ -351,13 +248,6 @@ def demo(
     result = run(file, tokens, budget, seed, model, device, None if json_ else err)
     if json_:
         out(result)
-
-
-def _facts(title: str, value: dict[str, Any]) -> None:
-    table = Table("", "", title=title, show_header=False)
-    for key, entry in value.items():
-        table.add_row(key, entry if isinstance(entry, str) else json.dumps(entry, default=str))
-    Console().print(table)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from adaptivekv.attention import Staged
@@ -31,6 +31,12 @@ class AdaptiveLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.is_initialized = True
+        shape = self.cache.shapes[self.index]
+        if (key_states.shape[1], key_states.shape[3], value_states.shape[3]) != (shape.heads, shape.k_dim, shape.v_dim):
+            raise AdaptiveKVError(
+                f"layer {self.index} of this cache stores {list(key_states.shape)} keys and {list(value_states.shape)} "
+                f"values, but the model's configuration says {shape}; use DynamicCache"
+            )
         staged = Staged(self.cache, self.index, key_states, value_states)
         return staged, staged
 
@@ -47,10 +53,6 @@ class AdaptiveLayer(CacheLayerMixin):
         if self.index == 0:
             self.cache.clear()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.index == 0:
-            self.cache.truncate(self.cache.seen - abs(tokens_to_remove))
-
     def _refuse(self, *args: Any) -> None:
         raise AdaptiveKVError("AdaptiveCache does not support beams; use num_beams=1 and num_return_sequences=1")
 
@@ -61,21 +63,29 @@ def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """Shapes of the layers an AdaptiveCache owns. Raises AdaptiveKVError for models it cannot serve."""
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
-        raise AdaptiveKVError(f"model type {config.model_type}: latent attention keeps transformers' own cache")
-    kinds = DynamicCache(config=config).layers
-    if any(type(layer).__name__ == "DummyLayer" for layer in kinds):
+        # the model asks the cache for latents and expands them itself, before any attention function is called
+        raise AdaptiveKVError(
+            f"model type {config.model_type}: latent attention (MLA) keeps transformers' own cache and leaves no layer "
+            "to manage; use DynamicCache"
+        )
+    if getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise AdaptiveKVError(f"model type {config.model_type}: layers that share one KV cache are not supported")
-    heads = config.num_attention_heads
-    k_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shape = LayerShape(
-        getattr(config, "num_key_value_heads", None) or heads,
-        heads,
-        k_dim,
-        getattr(config, "v_head_dim", None) or k_dim,
-    )
-    own = [shape for layer in kinds if type(layer) is DynamicLayer]
+    kinds = DynamicCache(config=config).layers
+    configs = getattr(config, "per_layer_config", None) or [config] * len(kinds)  # Gemma 4: wider heads where full
+    own = [_shape(each) for layer, each in zip(kinds, configs, strict=True) if type(layer) is DynamicLayer]
     if not own:
         raise AdaptiveKVError(
             f"model type {config.model_type}: it has no full-attention layer whose cache could be managed"
         )
     return own
+
+
+def _shape(config: PreTrainedConfig) -> LayerShape:
+    heads = config.num_attention_heads
+    k_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return LayerShape(
+        getattr(config, "num_key_value_heads", None) or heads,
+        heads,
+        k_dim,
+        getattr(config, "v_head_dim", None) or k_dim,
+    )

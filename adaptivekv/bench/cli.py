@@ -13,13 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from adaptivekv.console import Json, err
 from adaptivekv.errors import AdaptiveKVError
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-err = Console(stderr=True)
 
 Out = Annotated[Path | None, typer.Option(help="write the rows, device, versions and command to this JSON file")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, nothing else")]
 KERNELS = {
     "requests": "requests", "tokens": "tokens", "format": "format", "ms": "ms", "ratio": "x best peer",
     "gbps": "GB/s", "of_copy": "of copy", "stats_over_plain": "statistics", "error": "error",

@@ -165,7 +165,11 @@ class Session:
         """Forward what the cache has not seen of `ids`, in chunks. Returns the last logits [V]."""
         common = min(_common(ids, self.tokens), len(ids) - 1)
         if common < len(self.tokens):  # the conversation was edited, or its answer re-encoded differently
-            self.cache.truncate(common)
+            if self.cache.kept:  # windows and recurrent states do not go back: read all of it again
+                self.cache.clear()
+                common = 0
+            else:
+                self.cache.truncate(common)
             del self.tokens[common:]
         if not self.cache.requests:
             self.cache.expect(len(ids), new, text_features(text, ids))
@@ -223,8 +227,16 @@ class Session:
         self.cache.clear()
         self.tokens = []
 
+    def _parkable(self) -> None:
+        if self.cache.kept:
+            raise AdaptiveKVError(
+                f"session: model {self.loaded.name} has layers whose cache transformers keeps, and they are not saved; "
+                "leave --session away"
+            )
+
     def save(self, folder: str | Path, messages: list[Message] | None = None) -> None:
         """Park the conversation on disk: `cache.safetensors`, then `session.json` that makes it valid."""
+        self._parkable()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (request,) = self.cache.requests
@@ -243,6 +255,7 @@ class Session:
 
         A damaged one raises CacheFileError and leaves the session as it was before its first message.
         """
+        self._parkable()
         folder = Path(folder)
         if not (folder / "session.json").exists():
             return None

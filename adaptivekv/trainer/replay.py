@@ -9,6 +9,7 @@ unless a question follows the compressed document.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from adaptivekv.cache import AdaptiveCache
 from adaptivekv.controller import CANDIDATES, Controller, Decision
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features.request import text_features
+from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Sequence
@@ -184,6 +186,10 @@ class _Run:
         copy_sequence(theirs.sequence, self.request.sequence)
         self.request.facts = dict(theirs.facts)
         cache.seen = mine.seen
+        cache.layers = [  # windows and recurrent states that transformers keeps: each run goes on from its own copy
+            own if isinstance(own, AdaptiveLayer) else copy.deepcopy(theirs)
+            for own, theirs in zip(cache.layers, mine.layers, strict=True)
+        ]
         start = time.perf_counter()
         cache.end_prefill()
         self.apply_s = time.perf_counter() - start
