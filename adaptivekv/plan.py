@@ -103,6 +103,8 @@ class Plan:
         if evict:
             sealed = min(sealed, max(0, round(evict.keep * tokens) - tail))
         pages = -(-sealed // PAGE)
+        if evict and (evict.heads, evict.layers) != ("uniform", "uniform"):  # every head ends in a page of its own
+            pages = min(pages + 1, (tokens - tail) // PAGE)
         # pages of the newest and the first tokens stay native; after eviction the newest ones are still contiguous
         keep_native = 0
         if quantize:
@@ -147,7 +149,8 @@ def _stage(part: str, where: str) -> Stage:
             )
         if key in values:
             raise AdaptiveKVError(f"{where}: {name} is given {key} twice")
-        values[key] = _value(value.strip(), f"{where}: {name}({key})")
+        text = isinstance(fields[key].default, str)  # a word, which the stage checks
+        values[key] = value.strip() if text else _value(value.strip(), f"{where}: {name}({key})")
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise AdaptiveKVError(f"{where}: {name} needs {missing[0]}, as in {name}(0.5)")

@@ -1,15 +1,25 @@
 """Every stage by name. A new method is one file and one line here."""
 
 from adaptivekv.policies.base import KINDS, Stage
+from adaptivekv.policies.eviction.expected import Expected
 from adaptivekv.policies.eviction.h2o import H2O
+from adaptivekv.policies.eviction.keydiff import KeyDiff
+from adaptivekv.policies.eviction.knorm import KNorm
+from adaptivekv.policies.eviction.morph import Morph
+from adaptivekv.policies.eviction.nacl import NACL
 from adaptivekv.policies.eviction.snapkv import SnapKV
 from adaptivekv.policies.eviction.streaming import Streaming
+from adaptivekv.policies.eviction.tova import TOVA
 from adaptivekv.policies.offload.host import Offload
 from adaptivekv.policies.quantization.uniform import K4V2, Int2, Int4, Int8
 from adaptivekv.policies.retrieval.retrieve import Retrieve
 
 STAGES: dict[str, type[Stage]] = {
-    stage.name: stage for stage in (Streaming, SnapKV, H2O, Int8, Int4, K4V2, Int2, Offload, Retrieve)
-}
+    stage.name: stage
+    for stage in (
+        Streaming, SnapKV, H2O, KNorm, KeyDiff, TOVA, Expected, Morph, NACL,
+        Int8, Int4, K4V2, Int2, Offload, Retrieve,
+    )
+}  # fmt: skip
 
 __all__ = ["KINDS", "STAGES", "Stage"]

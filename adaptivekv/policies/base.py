@@ -28,6 +28,11 @@ def whole(name: str, value: object, least: int = 0) -> int:
     return int(value)
 
 
+def choice(name: str, value: object, *options: str) -> None:
+    if value not in options:
+        raise AdaptiveKVError(f"{name}={value!r} must be {' or '.join(options)}")
+
+
 @dataclass(frozen=True)
 class Stage:
     """Base of all stages; subclasses are frozen dataclasses whose fields are the stage's parameters.
@@ -54,7 +59,7 @@ class Stage:
         args = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            text = str(value).lower() if isinstance(value, bool) else f"{value:g}"
+            text = f"{value:g}" if isinstance(value, float) else str(value).lower()
             if field.default is dataclasses.MISSING:
                 args.append(text)
             elif value != field.default:

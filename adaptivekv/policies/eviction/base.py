@@ -10,7 +10,8 @@ import numpy as np
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.evict import evict_all
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.policies.base import Stage, protected, share, whole
+from adaptivekv.policies.base import Stage, choice, protected, share, whole
+from adaptivekv.policies.eviction.budgets import across_heads, pyramid, top
 
 
 @dataclass(frozen=True)
@@ -19,53 +20,75 @@ class Eviction(Stage):
 
     A subclass gives `score`. With `growing`, the share holds for all tokens seen and is restored as the request
     grows; otherwise it applies to the prompt alone and everything generated is kept.
+
+    Two options change who keeps how much, not how much is kept, whatever the score: `heads=adaptive` (Ada-KV) lets
+    the heads of a layer compete for their common budget, `layers=pyramid` (PyramidKV) gives early layers more.
+    Heads of different lengths end in partly filled pages of their own, so up to one page a head comes on top.
     """
 
     keep: float
     sinks: int = 4
     window: int = 32
+    heads: str = "uniform"
+    layers: str = "uniform"
 
     kind: ClassVar[str] = "evict"
     growing: ClassVar[bool] = False
+    known: ClassVar[bool] = False  # whether the selector's schema has a column is_<name>
     formula: ClassVar[str] = "keep x tokens x native"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", share("keep", self.keep))
         object.__setattr__(self, "sinks", whole("sinks", self.sinks))
         object.__setattr__(self, "window", whole("window", self.window, 1))
+        choice("heads", self.heads, "uniform", "adaptive")
+        choice("layers", self.layers, "uniform", "pyramid")
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
         """The worth of every sealed slot, [H, P, 64]; higher is kept."""
         raise TypeError(f"{type(self).__name__} does not score")
 
     def apply(self, sequence: Sequence) -> None:
-        target = self.keep_slots(sequence)
-        keep = [self._best(sequence, layer, target) for layer in range(len(sequence.ids))]
+        keep = [self._best(sequence, layer, target) for layer, target in enumerate(self.budgets(sequence))]
         if any(mask is not None for mask in keep):
             evict_all(sequence, keep)
 
     def _best(self, sequence: Sequence, layer: int, target: int) -> np.ndarray | None:
-        """The `target` slots of each head that are worth most, bool [H, P, 64]; None: all."""
+        """The slots that are worth most, `target` of each head or on average, bool [H, P, 64]; None: all."""
         used, pos = sequence.slots(layer)
-        if used.sum(axis=(1, 2)).max(initial=0) <= target:
+        heads, held = len(used), used.sum(axis=(1, 2))
+        if (held.mean() if self.heads == "adaptive" else held.max(initial=0)) <= target:
             return None
-        score = np.where(protected(sequence, pos, self.sinks, self.window), np.inf, self.score(sequence, layer))
-        if target == 0:
-            return np.isposinf(score)
-        # A float32 read as an integer, the negative ones turned round, sorts like itself; the position behind it
-        # settles equal scores, the newer one stays: runs of one score must not break determinism.
+        forced = protected(sequence, pos, self.sinks, self.window)
+        score = np.where(forced, np.inf, self.score(sequence, layer))
+        # A float32 read as an integer, the negative ones turned round, sorts like itself; position and head behind it
+        # settle equal scores, the newer one stays: runs of one score must not break determinism.
         bits = (score.astype(np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
-        key = ((bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64) << 32) + pos
-        key = np.where(used, key, np.iinfo(np.int64).min).reshape(len(used), -1)
-        least = np.partition(key, key.shape[1] - target, axis=1)[:, -target]
-        return (key >= least[:, None]).reshape(used.shape) | np.isposinf(score)
+        key = (bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64) << 32
+        key += pos.astype(np.int64) * heads + np.arange(heads)[:, None, None]
+        rank, live, sure = key.reshape(heads, -1), used.reshape(heads, -1), np.isposinf(score).reshape(heads, -1)
+        if self.heads == "adaptive":
+            best = across_heads(rank, live, sure, target)
+        else:
+            best = sure | top(np.where(live, rank, np.iinfo(np.int64).min), target)
+        return best.reshape(used.shape)
 
     def keep_slots(self, sequence: Sequence) -> int:
-        """Sealed slots each head may keep; the tail counts as kept."""
+        """Sealed slots each head may keep, on average over layers and heads; the tail counts as kept."""
         return max(0, round(self.keep * sequence.length) - sequence.tail_len)
 
+    def budgets(self, sequence: Sequence) -> list[int]:
+        """`keep_slots` of each layer."""
+        mean, layers = self.keep_slots(sequence), len(sequence.ids)
+        if self.layers == "uniform":
+            return [mean] * layers
+        sealed = np.arange(sequence.length - sequence.tail_len)
+        # what no layer may lose is not shared out, as the paper's window is not
+        fixed = min(mean, int(protected(sequence, sealed, self.sinks, self.window).sum()))
+        return [fixed + n for n in pyramid(mean - fixed, layers, len(sealed) - fixed)]
+
     def features(self) -> dict[str, float]:
-        return {"keep": self.keep, f"is_{self.name}": 1.0}
+        return {"keep": self.keep} | ({f"is_{self.name}": 1.0} if self.known else {})
 
 
 def page_scores(values: np.ndarray) -> np.ndarray:

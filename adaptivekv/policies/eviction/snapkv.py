@@ -6,47 +6,45 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
+from torch.nn import functional
 
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.policies.base import whole
+from adaptivekv.policies.base import choice, whole
 from adaptivekv.policies.eviction.base import Eviction
+from adaptivekv.policies.eviction.observed import attention, slots
 
 
 @dataclass(frozen=True)
 class SnapKV(Eviction):
     """A slot is worth the attention of the observation window's queries, pooled over `pool` neighbouring slots.
 
+    A tokenizer that splits numbers into digits spreads one fact over many slots, and the question looks at the first
+    of them: 5 slots lose the tail, 32 keep it. `pooling=max` gives a neighbourhood the worth of its best slot, so
+    that one slot alone keeps all its neighbours; the mean wants a neighbourhood that is looked at as a whole.
+
     Differs from the paper: the query heads of one KV head vote together, so each KV head has one set of kept slots.
     """
 
     pool: int = 5
+    pooling: str = "mean"
 
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+    known: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "pool", whole("pool", self.pool, 1))
+        choice("pooling", self.pooling, "mean", "max")
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        used, pos = sequence.slots(layer)
-        heads, columns, _ = used.shape
-        queries = sequence.observed(layer)[:, -self.window :].float()  # [Hq, W, d]
-        q_heads, window, dim = queries.shape
-        queries = queries.view(heads, q_heads // heads * window, dim)
-        at = torch.arange(sequence.length - window, sequence.length, device=queries.device).repeat(q_heads // heads)
-        tail = sequence.tail(layer)[0].float()
-        tail_pos = torch.from_numpy(sequence.tail_pos[: sequence.tail_len])
-        out = np.zeros(used.shape, np.float32)
-        for h in range(heads):  # one head at a time bounds the decoded copy
-            keys = torch.cat([sequence.keys(layer, h), tail[h]])  # [P * 64 + T, d]
-            where = torch.cat([torch.from_numpy(pos[h].reshape(-1)), tail_pos]).to(at.device)
-            live = torch.from_numpy(np.append(used[h].reshape(-1), np.ones(sequence.tail_len, bool))).to(at.device)
-            scores = queries[h] @ keys.T * sequence.scaling  # [G * W, P * 64 + T]
-            scores = scores.masked_fill(~live | (where > at[:, None]), -torch.inf)
-            votes = scores.softmax(-1).mean(0)[: columns * used.shape[2]]
-            pooled = torch.nn.functional.avg_pool1d(votes[None], self.pool, 1, self.pool // 2, count_include_pad=False)
-            out[h] = pooled[0, : len(votes)].view(columns, -1).cpu().numpy()
-        return out
+        out = []
+        for weights in attention(sequence, layer, self.window):
+            votes = weights.flatten(0, 1).mean(0)[None]  # [1, P * 64]
+            if self.pooling == "max":
+                pooled = functional.max_pool1d(votes, self.pool, 1, self.pool // 2)
+            else:
+                pooled = functional.avg_pool1d(votes, self.pool, 1, self.pool // 2, count_include_pad=False)
+            out.append(pooled[0, : votes.shape[1]])  # an even pool gives one more
+        return slots(out, sequence, layer)

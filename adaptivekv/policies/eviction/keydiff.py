@@ -1,0 +1,36 @@
+"""KeyDiff (arXiv 2504.15364): keep the keys least like the others; what resembles all is redundant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch.nn.functional import cosine_similarity, normalize
+
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies.eviction.base import Eviction
+from adaptivekv.policies.eviction.observed import slots
+
+
+@dataclass(frozen=True)
+class KeyDiff(Eviction):
+    """A slot is worth -cos(k, anchor), anchor = mean of k / ||k|| over the keys its head holds. Needs only keys.
+
+    Differs from the paper: it runs when the prompt has ended and whenever pages are sealed, not after each block of
+    the prompt; sinks and recent tokens are protected.
+    """
+
+    name: ClassVar[str] = "keydiff"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.15364"
+    growing: ClassVar[bool] = True
+
+    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+        used, tail = sequence.slots(layer)[0], sequence.tail(layer)[0].float()
+        out = []
+        for h in range(len(used)):
+            keys = sequence.keys(layer, h)  # unused slots are 0 and add nothing to the sum
+            total = normalize(keys, dim=-1).sum(0) + normalize(tail[h], dim=-1).sum(0)
+            anchor = total / max(1, int(used[h].sum()) + sequence.tail_len)
+            out.append(-cosine_similarity(keys, anchor[None], dim=-1))
+        return slots(out, sequence, layer)

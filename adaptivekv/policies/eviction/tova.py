@@ -1,0 +1,34 @@
+"""TOVA (arXiv 2401.06104): drop the token that the last query attends to least, the same one in all heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies.eviction.base import Eviction
+from adaptivekv.policies.eviction.observed import attention, slots
+
+
+@dataclass(frozen=True)
+class TOVA(Eviction):
+    """A token is worth the last query's attention to it, averaged over all query heads of the layer.
+
+    Needs the last query, which exists only while a prompt is read.
+
+    Differs from the paper: one choice at the end of the prompt instead of one token in every step, and sinks and
+    recent tokens are protected.
+    """
+
+    name: ClassVar[str] = "tova"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2401.06104"
+    needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+
+    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+        _, pos = sequence.slots(layer)
+        weights = slots([w[:, 0].mean(0) for w in attention(sequence, layer, 1)], sequence, layer)
+        # heads may hold a token in different slots, or not at all: they meet at its position
+        votes = np.bincount(pos.ravel(), weights.ravel(), sequence.length) / len(pos)  # unused slots add 0
+        return votes[pos].astype(np.float32)

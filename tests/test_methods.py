@@ -1,0 +1,369 @@
+"""Eviction methods: each score against its formula written out, and one matrix that every method must pass."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import tiny as tiny_model
+
+from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
+from adaptivekv.memory.formats import FORMATS
+from adaptivekv.memory.pages import LayerShape, PagePool
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies import STAGES
+from adaptivekv.policies.eviction.base import Eviction
+from adaptivekv.policies.eviction.budgets import pyramid
+
+SHAPES = [LayerShape(2, 4, 16, 16), LayerShape(2, 4, 16, 16), LayerShape(1, 4, 24, 16)]
+METHODS: dict[str, Any] = {name: stage for name, stage in STAGES.items() if stage.kind == "evict"}
+TOKENS, WINDOW, SCALE = 276, 32, 0.25  # a tail of 20: the protected window reaches into sealed pages
+
+
+class Tiny:
+    """A sequence of random tokens, and the same keys, values and queries beside it, as plain tensors."""
+
+    def __init__(self):
+        pool = PagePool(SHAPES, torch.float32, "cpu", 2_000_000, 0, staging_bytes=30_000)
+        self.sequence = Sequence(pool, WINDOW)
+        self.sequence.scaling = SCALE
+        self.generator = torch.Generator().manual_seed(0)
+        self.feed(TOKENS)
+
+    def feed(self, n: int) -> None:
+        """n tokens more; k, v and q hold these. Later heads are stronger: what adaptive budgets are for."""
+        self.k = [self._random(s.heads, n, s.k_dim) for s in SHAPES]
+        self.v = [self._random(s.heads, n, s.v_dim) for s in SHAPES]
+        self.q = [self._random(s.q_heads, n, s.k_dim) for s in SHAPES]
+        sequence, pos = self.sequence, self.sequence.length + np.arange(n)
+        for layer in range(len(SHAPES)):
+            sequence.observe(layer, self.q[layer])
+            sequence.append(layer, self.k[layer], self.v[layer], pos)
+        sequence.commit(pos)
+        for layer, ids in enumerate(sequence.ids):
+            columns = np.where(ids >= 0, np.arange(ids.shape[1]), -1)
+            sequence.measure(layer, columns, torch.rand(ids.shape, generator=self.generator).numpy())
+
+    def _random(self, heads: int, n: int, dim: int) -> torch.Tensor:
+        return torch.randn(heads, n, dim, generator=self.generator) * torch.linspace(0.5, 2, heads)[:, None, None]
+
+    def weights(self, layer: int, window: int = WINDOW) -> torch.Tensor:
+        """Causal attention of the last queries to all tokens, [H, G, W, n]: softmax(q k scale)."""
+        k, q = self.k[layer], self.q[layer][:, -window:]
+        n = k.shape[1]
+        scores = torch.einsum("hgwd,hnd->hgwn", q.view(len(k), -1, window, k.shape[2]), k) * SCALE
+        future = torch.arange(n) > torch.arange(n - window, n)[:, None]
+        return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+    def held(self) -> list[list[frozenset[int]]]:
+        """Positions of the sealed slots, layer by layer and head by head."""
+        out = []
+        for layer in range(len(SHAPES)):
+            used, pos = self.sequence.slots(layer)
+            out.append([frozenset(p[u].tolist()) for u, p in zip(used, pos, strict=True)])
+        return out
+
+
+# -- the formulas, one token and one head at a time where that is clearer ----------------------------------------------
+
+
+def knorm(tiny, layer):
+    return -(tiny.k[layer] ** 2).sum(-1).sqrt()
+
+
+def keydiff(tiny, layer):
+    out = []
+    for keys in tiny.k[layer]:
+        anchor = torch.stack([k / k.norm() for k in keys]).mean(0)
+        out.append(torch.stack([-(k @ anchor) / (k.norm() * anchor.norm()) for k in keys]))
+    return torch.stack(out)
+
+
+def tova(tiny, layer):
+    last = tiny.weights(layer, 1)[:, :, 0]  # [H, G, n]
+    return last.mean((0, 1)).expand(len(tiny.k[layer]), -1)
+
+
+def expected(tiny, layer):
+    k, v, q = tiny.k[layer], tiny.v[layer], tiny.q[layer][:, -WINDOW:]
+    groups, out = len(q) // len(k), []
+    for h in range(len(k)):
+        total = torch.zeros(k.shape[1] - 4)
+        for query in q[h * groups : (h + 1) * groups]:
+            mean, cov = query.mean(0), torch.cov(query.T, correction=0)
+            keys = k[h, 4:]
+            log = SCALE * keys @ mean + SCALE**2 / 2 * torch.einsum("ni,ij,nj->n", keys, cov, keys)
+            total += log.softmax(0) / groups
+        out.append(torch.cat([torch.zeros(4), total]) * v[h].norm(dim=-1))
+    return torch.stack(out)
+
+
+def snapkv(tiny, layer, pool=5, pick=torch.mean):
+    votes = tiny.weights(layer).mean((1, 2))[:, : TOKENS // 64 * 64]  # pooled over sealed slots alone
+    left, n = pool // 2, votes.shape[1]
+    near = [votes[:, max(0, i - left) : min(n, i - left + pool)] for i in range(n)]
+    return torch.stack([pick(x, 1) for x in near], 1)
+
+
+def streaming(tiny, layer):
+    return torch.arange(TOKENS).float().expand(len(tiny.k[layer]), -1)
+
+
+def h2o(tiny, layer):
+    return torch.from_numpy(tiny.sequence.mass[layer]).repeat_interleave(64, 1)
+
+
+def morph(tiny, layer, pick=torch.amax):
+    return pick(tiny.weights(layer).mean(1), 1)
+
+
+def nacl(tiny, layer):
+    """What the proxies elect by summed attention; the rest is drawn, which `test_nacl_draws` looks at."""
+    votes = tiny.weights(layer).sum((1, 2))[:, : TOKENS // 64 * 64]
+    budget = TOKENS // 2 - TOKENS % 64
+    elected = round(0.7 * (budget - 4 - (WINDOW - TOKENS % 64)))
+    last = votes[:, 4 : TOKENS - WINDOW].sort(descending=True).values[:, elected - 1]
+    votes[votes < last[:, None]] = torch.nan
+    votes[:, :4] = votes[:, TOKENS - WINDOW :] = torch.nan
+    return votes
+
+
+FORMULAS = [
+    ("streaming(0.5)", streaming), ("h2o(0.5)", h2o), ("snapkv(0.5)", snapkv),
+    ("snapkv(0.5, pool=32, pooling=max)", lambda t, i: snapkv(t, i, 32, torch.amax)),
+    ("knorm(0.5)", knorm), ("keydiff(0.5)", keydiff), ("tova(0.5)", tova), ("expected(0.5)", expected),
+    ("morph(0.5)", morph), ("morph(0.5, fusion=sum)", lambda t, i: morph(t, i, torch.sum)), ("nacl(0.5)", nacl),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "formula"), FORMULAS, ids=[text for text, _ in FORMULAS])
+def test_score_is_the_papers_formula(text, formula):
+    tiny, stage = Tiny(), Plan.parse(text).stage("evict")
+    for layer, shape in enumerate(SHAPES):
+        got = torch.from_numpy(np.array(stage.score(tiny.sequence, layer), np.float32)).view(shape.heads, -1)
+        want = formula(tiny, layer)[:, : got.shape[1]]
+        known = ~want.isnan()
+        assert torch.allclose(got[known], want[known], rtol=1e-4, atol=1e-7)
+        assert known.all() or got[~known].max() < got[known].min()
+
+
+def test_every_method_has_its_formula_tested():
+    assert {Plan.parse(text).stage("evict").name for text, _ in FORMULAS} == set(METHODS)
+
+
+# -- what every method must do -----------------------------------------------------------------------------------------
+
+OPTIONS = ["", ", heads=adaptive", ", layers=pyramid", ", heads=adaptive, layers=pyramid"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method, options):
+    """Share, protection, real pages, bytes, idempotence, determinism, and the text of the plan."""
+    span = (100, 110)
+    for keep in (0.1, 0.2, 0.5, 1.0):  # at 0.1 what is protected is more than the budget
+        plan = Plan.parse(f"{method}({keep}{options})")
+        assert Plan.parse(str(plan)) == plan
+        tiny = Tiny()
+        sequence, stage = tiny.sequence, plan.stage("evict")
+        sequence.protected = [span]
+        before, bytes_before = tiny.held(), sequence.bytes()
+        sure = {*range(4), *range(*span), *range(TOKENS - 32, TOKENS - sequence.tail_len)}
+        plan.apply(sequence)
+        sequence.pool.check_integrity()
+        sequence.check_integrity()
+        held, budgets = tiny.held(), stage.budgets(sequence)
+        assert sum(budgets) == len(SHAPES) * (round(keep * TOKENS) - sequence.tail_len)
+        for layer, heads in enumerate(held):
+            budget = max(budgets[layer], len(sure))
+            counts = [len(head) for head in heads]
+            if stage.heads == "adaptive":
+                assert sum(counts) == budget * len(heads) and min(counts) >= int(0.2 * budgets[layer])
+            else:
+                assert counts == [budget] * len(heads)
+            assert all(sure <= head <= whole for head, whole in zip(heads, before[layer], strict=True))
+        assert (sequence.bytes() < bytes_before) == (keep < 1)
+        assert sequence.bytes() == bytes_of_pages(sequence) + Sequence.fixed_bytes(SHAPES, torch.float32, WINDOW)
+        version = sequence.version
+        plan.apply(sequence)
+        assert tiny.held() == held and sequence.version == version
+        again = Tiny()
+        again.sequence.protected = [span]
+        plan.apply(again.sequence)
+        assert again.held() == held
+
+
+def bytes_of_pages(sequence: Sequence) -> int:
+    """One native page for every 64 slots of a head begun."""
+    total = 0
+    for layer, s in enumerate(SHAPES):
+        pages = (-(-sequence.slots(layer)[0].sum((1, 2)) // 64)).sum()
+        total += int(pages) * FORMATS["native"].bytes(s.k_dim, s.v_dim, torch.float32)
+    return total
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_survivors_score_best(method):
+    tiny, stage = Tiny(), METHODS[method](0.4)
+    scores = [np.array(stage.score(tiny.sequence, layer)).reshape(s.heads, -1) for layer, s in enumerate(SHAPES)]
+    stage.apply(tiny.sequence)
+    for layer, heads in enumerate(tiny.held()):
+        for head, kept in enumerate(heads):
+            gone = [i for i in range(scores[layer].shape[1]) if i not in kept]
+            free = [i for i in kept if 4 <= i < TOKENS - 32]
+            assert scores[layer][head][gone].max() <= scores[layer][head][free].min()
+
+
+def test_adaptive_heads_take_the_best_of_the_layer_above_their_floor():
+    """Ada-KV as its authors describe it: every head's best 20 % are safe, then the best of all heads together."""
+    tiny, stage = Tiny(), Plan.parse("knorm(0.5, heads=adaptive)").stage("evict")
+    score, mean = torch.from_numpy(stage.score(tiny.sequence, 0)).view(2, -1), stage.keep_slots(tiny.sequence)
+    score[:, :4] = score[:, TOKENS - 32 :] = torch.inf  # protected
+    stage.apply(tiny.sequence)
+    score.scatter_(1, score.topk(int(0.2 * mean), 1).indices, torch.inf)
+    best = score.flatten().topk(2 * mean).indices.tolist()
+    short, long = tiny.held()[0]  # the first head's keys are four times shorter
+    assert {*short, *(i + score.shape[1] for i in long)} == set(best) and len(short) > len(long)
+
+
+@pytest.mark.parametrize(
+    ("mean", "layers", "most"), [(100, 1, 200), (100, 12, 1000), (90, 7, 100), (0, 5, 50), (50, 3, 50)]
+)
+def test_pyramid_falls_linearly_and_keeps_the_total(mean, layers, most):
+    budgets = pyramid(mean, layers, most)
+    assert sum(budgets) == mean * layers and min(budgets) >= 0 and max(budgets) <= most
+    assert max(np.abs(np.diff(budgets, 2)), default=0) <= 2  # a line, but for rounding
+    if layers > 1:
+        assert abs(budgets[0] - min(2 * mean - mean / 20, most)) <= 1
+
+
+def hunt() -> tuple[Tiny, list[list[int]]]:
+    """Queries that look at one slot of each head and at nothing else: the longest key's, with itself as the query."""
+    tiny, hot = Tiny(), []
+    for layer, s in enumerate(SHAPES):
+        keys = tiny.k[layer][:, : TOKENS - 64]
+        hot.append(keys.norm(dim=-1).argmax(-1).tolist())
+        query = 1000 * keys[range(s.heads), hot[-1]].repeat_interleave(s.q_heads // s.heads, 0)  # [Hq, d]
+        tiny.sequence.observe(layer, query[:, None].expand(-1, WINDOW, -1))
+    return tiny, hot
+
+
+def test_a_wide_max_pool_keeps_a_span_whole():
+    tiny, hot = hunt()
+    Plan.parse("snapkv(0.4, pool=32, pooling=max)").apply(tiny.sequence)
+    for layer, heads in enumerate(tiny.held()):
+        for at, held in zip(hot[layer], heads, strict=True):
+            assert {*range(max(0, at - 15), at + 16)} <= held
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_heads_of_any_length_and_format_can_be_evicted_again(method, options):
+    """Ragged heads, encoded pages on top, a longer request: the next choice still holds its budget."""
+    tiny = Tiny()
+    Plan.parse(f"{method}(0.7, heads=adaptive) | k4v2(window=64)").apply(tiny.sequence)
+    tiny.sequence.pool.check_integrity()
+    tiny.feed(100)
+    before, plan = tiny.held(), Plan.parse(f"{method}(0.3{options})")
+    plan.apply(tiny.sequence)
+    tiny.sequence.pool.check_integrity()
+    held, budgets = tiny.held(), plan.stage("evict").budgets(tiny.sequence)
+    for layer, heads in enumerate(held):
+        counts = [len(head) for head in heads]
+        assert all(head <= whole for head, whole in zip(heads, before[layer], strict=True))
+        assert sum(counts) <= budgets[layer] * len(heads) and (
+            options[:7] == ", heads" or max(counts) <= budgets[layer]
+        )
+        assert all({*range(4), *range(376 - 32, 376 - tiny.sequence.tail_len)} <= head for head in heads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_model_generates_with_every_method(method):
+    """Prompt in chunks, then decode past a sealed page: the share holds for the prompt, or for all if it grows."""
+    model = tiny_model()
+    plan = Plan.parse(f"{method}(0.4, heads=adaptive, layers=pyramid)")
+    cache = AdaptiveCache(model, plan=str(plan))
+    ids = torch.randint(2, 160, (1, 330), generator=torch.Generator().manual_seed(0))
+    for piece in [*ids[:, :250].split(128, 1), *ids[:, 250:].split(1, 1)]:
+        pos = cache.get_seq_length() + torch.arange(piece.shape[1])[None]
+        assert model(piece, position_ids=pos, past_key_values=cache).logits.isfinite().all()
+    sequence, stage = cache.sequences[0], plan.stage("evict")
+    sequence.pool.check_integrity()
+    kept = sequence.held() * sequence.length
+    limit = 0.4 * 330 + 64 if stage.growing else 0.4 * 250 + 80
+    assert 0.4 * 250 - 1 <= kept <= limit
+
+
+def test_nacl_draws():
+    """One seed, one draw; what the proxies insist on is drawn by every seed, the rest by some."""
+    drawn = []
+    for seed in (0, 0, 1, 2):
+        tiny, hot = hunt()
+        METHODS["nacl"](0.4, random=1.0, seed=seed).apply(tiny.sequence)
+        drawn.append(tiny.held())
+        for ats, heads in zip(hot, drawn[-1], strict=True):
+            assert all(at in head for at, head in zip(ats, heads, strict=True))
+    assert drawn[0] == drawn[1] and drawn[1] != drawn[2] != drawn[3]
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("0.5, heads=foo", ["heads='foo'", "uniform or adaptive"]),
+        ("0.5, layers=3", ["layers='3'", "uniform or pyramid"]),
+        ("0.5, layers=", ["layers=''", "uniform or pyramid"]),
+        ("0", ["keep=0", "above 0 and at most 1"]),
+        ("0.5, window=0", ["window=0", "at least 1"]),
+        ("0.5, head=adaptive", ["'head'", "did you mean 'heads'"]),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_values_name_field_and_fix(method, arguments, parts):
+    with pytest.raises(AdaptiveKVError) as error:
+        Plan.parse(f"{method}({arguments})")
+    assert "\n" not in str(error.value) and all(part in str(error.value) for part in [*parts, "position 1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("snapkv(0.5, pooling=median)", "pooling='median' must be mean or max"),
+        ("snapkv(0.5, pool=0)", "pool=0.0 must be a whole number of at least 1"),
+        ("morph(0.5, fusion=mean)", "fusion='mean' must be sum or max"),
+        ("nacl(0.5, random=0)", "random=0.0 must be a share"),
+        ("nacl(0.5, seed=-1)", "seed=-1.0 must be a whole number of at least 0"),
+    ],
+)
+def test_bad_values_of_one_method(text, says):
+    with pytest.raises(AdaptiveKVError, match=f"position 1: .*{says}"):
+        Plan.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "snapkv(0.5, heads=adaptive, layers=pyramid, pool=32, pooling=max) | k4v2 | offload(0.25)",
+        "tova(0.25, sinks=8, window=64, layers=pyramid)",
+        "morph(0.125, heads=adaptive, fusion=sum)",
+        "nacl(0.5, random=0.25, seed=12345678)",
+    ],
+)
+def test_what_parses_prints_the_same(text):
+    assert str(Plan.parse(text)) == text
+    assert Plan.parse(text.replace(", ", " ,  ").replace("=", " = ")) == Plan.parse(text)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_differs_from_the_default_is_written(method):
+    stage = METHODS[method]
+    assert issubclass(stage, Eviction) and str(stage(0.5)) == f"{method}(0.5)"
+    full = stage(0.5, heads="adaptive", layers="pyramid")
+    assert str(full) == f"{method}(0.5, heads=adaptive, layers=pyramid)"
+    assert Plan.parse(str(full)).stage("evict") == full and dataclasses.replace(full, heads="uniform") != full
+    with pytest.raises(AdaptiveKVError, match="layers=3 must be uniform or pyramid"):
+        stage(0.5, layers=3)
