@@ -25,6 +25,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check adaptivekv tests experiments
 	$(BIN)/mypy
 
 clean:

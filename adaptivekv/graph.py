@@ -59,6 +59,9 @@ class GraphDecoder:
 
     def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         asked = kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
+        if self.tables and self.tables.pool is not self.cache.pool:  # the cache was cleared: let its memory go
+            self.tables = None
+            self.graphs.clear()
         if input_ids is None or input_ids.shape[1] > 1 or asked or not self.ready:
             return self.model(input_ids=input_ids, **kwargs)
         return CausalLMOutputWithPast(logits=self.step(input_ids[:, 0])[:, None], past_key_values=self.cache)
