@@ -1,22 +1,16 @@
 """Decode steps through page tables against the eager path: in the interpreter, and as captured graphs on a GPU."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # this file is also run by itself
+from interpreter import run_in_interpreter
+from models import tiny
 
 from adaptivekv.cache import AdaptiveCache
 from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.kernels.table import ABSENT, ROTATED, plan_work
-from tests.models import tiny
 
 PLANS = ("k4v2 | offload(0.4)", "snapkv(0.4) | int8", "int2 | retrieve(0.4)")
 
@@ -104,10 +98,7 @@ def compare(plan, steps, decoder=None, device="cpu", generated=29):
 
 
 def test_tables_equal_the_eager_path_in_the_interpreter():
-    pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_interpreter(__file__)
 
 
 def test_a_cpu_is_refused_with_the_reason():

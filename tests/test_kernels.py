@@ -2,18 +2,14 @@
 
 import itertools
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import run_in_interpreter
 
-import adaptivekv
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels import CODECS, UNIT, PageBatch, attend_dense, attend_pages, hadamard, merge, page_attention
 
@@ -210,10 +206,6 @@ def test_dense_and_merge(rows):
 # --- Triton
 
 
-def version(text):
-    return tuple(int(part) for part in text.split(".")[:2])
-
-
 def check_triton(device, cases):
     """Random shapes, formats and ragged counts through the Triton kernel and the reference, outputs poisoned."""
     from adaptivekv.kernels.decode import attend_pages_triton
@@ -250,14 +242,7 @@ def check_triton(device, cases):
 
 
 def test_triton_equals_reference_in_the_interpreter():
-    triton = pytest.importorskip("triton")
-    if version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 5):
-        pytest.skip("Triton 3.6's interpreter cannot loop to a run-time bound with NumPy 2.5")
-    # Its own process: whether Triton interprets is fixed when the kernels are first imported.
-    path = [str(Path(adaptivekv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_interpreter(__file__)
 
 
 @pytest.mark.gpu

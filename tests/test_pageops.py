@@ -1,15 +1,11 @@
 """Changes of stored pages: the torch functions against the codecs, the Triton kernels against the torch functions."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
+from interpreter import run_in_interpreter
 
-import adaptivekv
 from adaptivekv.kernels import CODECS, PAGE, UNIT, hadamard, pageops
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -185,15 +181,7 @@ def check_triton(device, cases):
 
 
 def test_triton_equals_torch_in_the_interpreter():
-    triton = pytest.importorskip("triton")
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 5):
-        pytest.skip("Triton 3.6's interpreter cannot loop to a run-time bound with NumPy 2.5")
-    # Its own process: whether Triton interprets is fixed when the kernels are first imported.
-    path = [str(Path(adaptivekv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_interpreter(__file__)
 
 
 @pytest.mark.gpu

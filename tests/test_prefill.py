@@ -2,16 +2,12 @@
 
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from test_kernels import make, poisoned, version
+from interpreter import run_in_interpreter
+from test_kernels import make, poisoned
 
-import adaptivekv
 from adaptivekv.kernels import CODECS, attend_dense, attend_pages
 from adaptivekv.kernels.attend import PageBatch
 
@@ -85,13 +81,7 @@ def check_every_word(device):
 
 
 def test_interpreted_kernels_equal_the_reference():
-    if version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 5):
-        pytest.skip("Triton 3.6's interpreter cannot loop to a run-time bound with NumPy 2.5")
-    # Its own process: whether Triton interprets is fixed when the kernels are first imported.
-    path = [str(Path(adaptivekv.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_in_interpreter(__file__)
 
 
 @pytest.mark.gpu
