@@ -22,11 +22,13 @@ def convert(pool: PagePool, ids: np.ndarray, fmt: Format) -> np.ndarray:
     new, own = replace(old, fmt=fmt), ids[~shared]
     # Beside each other while both fit, else through the staging allowance: a demotion fits the room it leaves.
     least = max(1, pool.staging_bytes // sum(new.sizes))
+    frugal = pool.device.type == "cpu"  # its arena takes memory as it is written: small waves keep the peak low
+    enough = max(1, least // 8) if frugal else least
     while len(own):
         room = pool.arena(new.tier).room(sum(new.sizes))
-        if pool.device.type == "cpu" and room >= least:  # where an arena takes memory only as it is written
-            room = least
-        if beside := room >= min(len(own), least):
+        if frugal:
+            room = min(room, enough)
+        if beside := room >= min(len(own), enough):
             wave, own = own[:room], own[room:]
             off = pool.alloc(new.tier, len(wave), *new.sizes)
             _recode(pool, wave, old, new, off)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ def evict_all(sequence: Sequence, keep: list[np.ndarray | None]) -> None:
     """Keep the slots where `keep` (bool [H, P, 64] a layer, None: all) is true and repack what is left of broken pages.
 
     Whole pages that are kept stay as they are; survivors of the others fill new pages of the same head, format and
-    tier, in the order of their positions. Where the new pages do not fit beside the old ones it goes head by head.
+    tier, in the order of their positions: on a GPU all at once, where they fit beside the old ones, else head by head.
     Raises ArenaFull where that does not fit either, which only shared pages can cause; heads done by then stay done.
     """
     pool, (row, ids) = sequence.pool, sequence.cells()
@@ -37,11 +38,13 @@ def evict_all(sequence: Sequence, keep: list[np.ndarray | None]) -> None:
     if not len(broken):
         return
     rows, pages, bits = row[broken], ids[broken], bits[broken]
-    cuts, done = [np.arange(len(broken))], []
+    cuts: list[np.ndarray] = [np.arange(len(broken))]
+    done: list[list[_Stream]] = []
     try:
-        try:
-            done.append(_repack(pool, rows, pages, bits, beside=True))
-        except ArenaFull:
+        if pool.device.type == "cuda":
+            with contextlib.suppress(ArenaFull):
+                done.append(_repack(pool, rows, pages, bits, beside=True))
+        if not done:  # or on a CPU, whose arena takes memory as it is written: the peak stays low
             cuts = np.split(cuts[0], np.flatnonzero(np.diff(rows)) + 1)
             for cut in cuts:
                 done.append(_repack(pool, rows[cut], pages[cut], bits[cut], beside=False))
