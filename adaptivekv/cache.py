@@ -275,12 +275,11 @@ class AdaptiveCache(Cache):
                 if request.prefilling:
                     self.controller.end_prefill(request)
                 self.controller.step(request)
-        need = sum(
-            r.sequence.columns_needed(n) * r.sequence.pool.column_bytes(FORMATS["native"])
-            for r, n in zip(self.requests, self._new, strict=True)
-        )
-        if need:
-            self.controller.reserve(self.requests, need)
+        columns = sum(r.sequence.columns_needed(n) for r, n in zip(self.requests, self._new, strict=True))
+        if columns:
+            self.controller.reserve(
+                self.requests, columns * self.requests[0].sequence.pool.column_bytes(FORMATS["native"])
+            )
 
     def _end(self, q_len: int) -> None:
         """Last layer of a step: the tokens count."""

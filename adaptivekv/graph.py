@@ -99,7 +99,12 @@ class GraphDecoder:
         """Have tables that fit and say what the sequences are now."""
         cache, sequences = self.cache, self.cache.sequences
         tables = self.tables
-        if tables is None or tables.sequences != sequences or tables.pool is not cache.pool or not tables.fits():
+        if (
+            tables is None
+            or tables.sequences != sequences
+            or tables.pool is not cache.pool
+            or (tables.stale() and not tables.fits())
+        ):
             self.graphs.clear()
             longest = max(max(s.length + r.new for s, r in zip(sequences, cache.requests, strict=True)), 1)
             from adaptivekv.kernels import tune  # not above: it imports Triton

@@ -62,40 +62,15 @@ def attend_table(
     Returns out [R, M, v_dim] in q's dtype and lse [R, M] float32. Products run in the native dtype for native parts
     and in float16 for packed ones (float32 if the native dtype is). Raises AdaptiveKVError for more than 16 rows.
     """
-    rows, m, k_dim = q.shape
-    if m > ROWS:
-        raise AdaptiveKVError(f"the decode kernel takes at most {ROWS} query rows per KV head, got {m}")
-    columns, v_dim, device, launch, work = table.keys.shape[1], table.v_dim, q.device, table.launch, table.work
-    items, item, pdl = len(work.items), table.dtype.itemsize, _pdl(device)
-    arena = table.arena[: table.arena.numel() // UNIT * UNIT]
-    native = arena.view(table.dtype)
-    empty = functools.partial(torch.empty, device=device, dtype=torch.float32)
-    (k_sign, k_norm), (v_sign, v_norm) = signs(k_dim, device), signs(v_dim, device)
-    bk, bv = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
-    planes = q = q.contiguous()
-    if table.rotated or new:
-        planes = empty((2, rows, m, k_dim))
-        prepare_kernel[rows, m](
-            q, *(new or (q, q)), k_sign, planes, native, table.keys, table.values, table.tails, columns, table.heads,
-            rows, M=m, DK=k_dim, DV=v_dim, BK=bk, BV=bv, STEP=min(bk, _SIGNS // bk), NORM=k_norm,
-            ITEM=item, ROTATE=table.rotated, APPEND=new is not None, PDL=pdl, num_warps=8, launch_pdl=pdl,
-        )  # fmt: skip
-    part, part_lse = empty((items, m, v_dim)), empty((items, m))
-    stats = mass is not None or page_lse is not None
-    if stats and page_lse is None:
-        page_lse = empty((rows, columns, m))
-    tiles = {16: launch.native_tiles, 8: launch.int8_tiles}
-    compiled = split_kernel[(len(work.spans),)](
-        planes, native, arena.view(torch.int16), arena.view(torch.float16), table.keys, table.values,
-        table.keys.view(torch.int32), work.items, work.slots, work.spans, table.tails, part, part_lse,
-        part_lse if page_lse is None else page_lse, rows, columns, table.heads,
-        scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0,
-        M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
-        BM=ROWS, PAGE=PAGE, SUBS=tuple(tiles.get(k.bits, 1) for k, _ in table.pairs), ITEM=item,
-        CAP=softcap is not None, STATS=stats, CLEAN=table.clean, STAGES=launch.stages, PDL=pdl, INTERPRET=_INTERPRETED,
-        num_warps=launch.warps, launch_pdl=pdl,
-    )  # fmt: skip
-    out, lse = torch.empty((rows, m, v_dim), dtype=q.dtype, device=device), empty((rows, m))
+    rows, m, _ = q.shape
+    columns, v_dim, device, work, pdl = table.keys.shape[1], table.v_dim, q.device, table.work, _pdl(q.device)
+    if page_lse is None and mass is not None:
+        page_lse = torch.empty(rows, columns, m, device=device)
+    part, part_lse, _ = _split(q, table, scale, softcap, new, page_lse)
+    v_sign, v_norm = signs(v_dim, device)
+    bv = triton.next_power_of_2(v_dim)
+    out = torch.empty((rows, m, v_dim), dtype=q.dtype, device=device)
+    lse = torch.empty((rows, m), device=device)
     few = len(work.spans) < 12 * rows  # parts of a row: as many as there are in flight, not many more
     measured = 0 if mass is None else triton.cdiv(columns, _MEASURED)
     merge_kernel[rows, m + measured](
@@ -105,28 +80,59 @@ def attend_table(
         MASS=mass is not None, PAGES=_MEASURED, CHUNK=(2048 if few else 8192) // bv, PDL=pdl,
         num_warps=4 if few else 8, launch_pdl=pdl,
     )  # fmt: skip
-    if _compiled is not None:
-        _compiled.append(compiled)
     return out, lse
+
+
+def _split(
+    q: Tensor,
+    table: PageTable,
+    scale: float,
+    softcap: float | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
+    page_lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Any]:
+    """The parts of `attend_table`, [I, M, v_dim] and [I, M] float32, not yet merged, and the compiled kernel."""
+    rows, m, k_dim = q.shape
+    if m > ROWS:
+        raise AdaptiveKVError(f"the decode kernel takes at most {ROWS} query rows per KV head, got {m}")
+    columns, v_dim, device, launch, work = table.keys.shape[1], table.v_dim, q.device, table.launch, table.work
+    items, item, pdl = len(work.items), table.dtype.itemsize, _pdl(device)
+    arena = table.arena[: table.arena.numel() // UNIT * UNIT]
+    native = arena.view(table.dtype)
+    empty = functools.partial(torch.empty, device=device, dtype=torch.float32)
+    planes = q = q.contiguous()
+    if table.rotated or new:
+        k_sign, k_norm = signs(k_dim, device)
+        bk, bv = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
+        planes = empty((2, rows, m, k_dim))
+        prepare_kernel[rows, m](
+            q, *(new or (q, q)), k_sign, planes, native, table.keys, table.values, table.tails, columns, table.heads,
+            rows, M=m, DK=k_dim, DV=v_dim, BK=bk, BV=bv, STEP=min(bk, _SIGNS // bk), NORM=k_norm,
+            ITEM=item, ROTATE=table.rotated, APPEND=new is not None, PDL=pdl, num_warps=8, launch_pdl=pdl,
+        )  # fmt: skip
+    part, part_lse = empty((items, m, v_dim)), empty((items, m))
+    tiles = {16: launch.native_tiles, 8: launch.int8_tiles}
+    compiled = split_kernel[(len(work.spans),)](
+        planes, native, arena.view(torch.int16), arena.view(torch.float16), table.keys, table.values,
+        table.keys.view(torch.int32), work.items, work.slots, work.spans, table.tails, part, part_lse,
+        part_lse if page_lse is None else page_lse, rows, columns, table.heads,
+        scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0,
+        M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
+        BM=ROWS, PAGE=PAGE, SUBS=tuple(tiles.get(k.bits, 1) for k, _ in table.pairs), ITEM=item,
+        CAP=softcap is not None, STATS=page_lse is not None, CLEAN=table.clean, STAGES=launch.stages, PDL=pdl,
+        INTERPRET=_INTERPRETED, num_warps=launch.warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return part, part_lse, compiled
 
 
 def occupancy(q: Tensor, table: PageTable) -> Launch:
     """The table's launch with `programs` set to how many run at once on a multiprocessor, by registers and memory."""
-    global _compiled
-    _compiled = []
-    try:
-        attend_table(q, table, 1.0)
-        kernel = _compiled[0]
-    finally:
-        _compiled = None
+    *_, kernel = _split(q, table, 1.0)
     properties = torch.cuda.get_device_properties(q.device)
     warp_registers = -(-kernel.n_regs * 32 // 256) * 256  # registers are given out by 256 to a warp
     by_registers = _REGISTERS // (warp_registers * table.launch.warps)
     by_memory = properties.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
     return dataclasses.replace(table.launch, programs=max(1, min(by_registers, by_memory, 32)))
-
-
-_compiled: list[Any] | None = None  # where `occupancy` wants the compiled split kernel
 
 
 def attend_pages_triton(

@@ -49,12 +49,6 @@ def select_pages(q: Tensor, table: PageTable, selection: Selection) -> PageTable
     return picked
 
 
-def select_reference(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The bound in plain torch: q [R, M, d], low and high [R, C, d] -> [R, C], the largest over the query rows."""
-    q, low, high = q.float()[:, :, None], low.float()[:, None], high.float()[:, None]
-    return torch.maximum(q * low, q * high).sum(-1).amax(1)
-
-
 def with_picked(table: PageTable, bounds: Tensor, take: Tensor) -> Selection:
     """Room for choosing among the pages of `table`."""
     keys, values, items = (torch.zeros_like(x) for x in (table.keys, table.values, table.work.items))

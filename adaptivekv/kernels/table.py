@@ -118,8 +118,8 @@ def plan_work(code: Tensor, time: Tensor, processors: int, together: int) -> Wor
     by_row = torch.zeros_like(starts).scatter_(1, order, starts)  # results lie row by row
     slot = (by_row.cumsum(1) - 1).gather(1, order)
 
-    def listed(at: Tensor, value: Tensor, size: int = room) -> Tensor:
-        return torch.zeros(layers, size + 1, dtype=torch.int64, device=device).scatter_(1, at, value)[:, :size]
+    def listed(at: Tensor, value: Tensor) -> Tensor:
+        return torch.zeros(layers, room + 1, dtype=torch.int64, device=device).scatter_(1, at, value)[:, :room]
 
     length = torch.zeros(layers, room + 1, dtype=torch.int64, device=device).scatter_add_(1, item, live.long())
     start = listed(first, column)

@@ -143,11 +143,12 @@ class Sequence:
         self.tail_len, self.length = self.tail_len + 1, self.length + 1
 
     def tail_offsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the tails lie in the device arena: bytes, keys and values [layers, heads]; layers of one shape."""
-        shape, item, base = self.pool.layers[0], self.pool.dtype.itemsize, np.array(self._regions)
-        head, layers = np.arange(shape.heads), len(self.pool.layers)
-        keys = base[:layers, None] + head * PAGE * shape.k_dim * item
-        return keys, base[:layers, None] + PAGE * item * (shape.heads * shape.k_dim + head * shape.v_dim)
+        """Where the tails lie in the device arena: byte offsets of keys and values, head by head through all layers."""
+        page, keys, values = PAGE * self.pool.dtype.itemsize, [], []
+        for s, base in zip(self.pool.layers, self._regions, strict=False):  # the ring's regions come after
+            keys.append(base + np.arange(s.heads) * page * s.k_dim)
+            values.append(base + page * (s.heads * s.k_dim + np.arange(s.heads) * s.v_dim))
+        return np.concatenate(keys), np.concatenate(values)
 
     def seal(self) -> None:
         """Turn a full tail, written from outside (a CUDA graph), into native pages of all layers and heads at once.
@@ -157,7 +158,6 @@ class Sequence:
         assert self.tail_len == PAGE
         pool, heads = self.pool, np.array([s.heads for s in self.pool.layers])
         layer = np.repeat(np.arange(len(heads)), heads)  # of each head
-        head = np.arange(len(layer)) - np.repeat(np.cumsum(heads) - heads, heads)
         ids = np.full(len(layer), -1, np.int32)
         try:
             for model in np.unique(pool.model):
@@ -168,15 +168,12 @@ class Sequence:
             pool.release(ids[ids >= 0])
             raise
         pool.set_pos(ids, np.broadcast_to(self.tail_pos, (len(ids), PAGE)))
-        data, base = pool.arena(DEVICE).data, np.array(self._regions)[layer]
+        data, (k_from, v_from) = pool.arena(DEVICE).data, self.tail_offsets()
         for model in np.unique(pool.model):
             mine, shape = pool.model[layer] == model, pool.layers[model]
-            k_size, v_size = (PAGE * dim * pool.dtype.itemsize for dim in (shape.k_dim, shape.v_dim))
-            k_from = (base + head * k_size)[mine]
-            v_from = (base + heads[layer] * k_size + head * v_size)[mine]
-            tables = pool.tables(DEVICE, k_from, v_from, pool.k_off[ids[mine]], pool.v_off[ids[mine]])
-            for i, size in enumerate((k_size, v_size)):
-                pageops.copy_parts(data, data, tables[i], tables[i + 2], size)
+            tables = pool.tables(DEVICE, k_from[mine], v_from[mine], pool.k_off[ids[mine]], pool.v_off[ids[mine]])
+            for i, dim in enumerate((shape.k_dim, shape.v_dim)):
+                pageops.copy_parts(data, data, tables[i], tables[i + 2], PAGE * dim * pool.dtype.itemsize)
         for i, column in enumerate(np.split(ids, np.cumsum(heads)[:-1])):
             self._add_pages(i, column[:, None])
         self.tail_len = 0

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
-from adaptivekv.kernels.table import ABSENT, ROTATED, TAIL, Launch, PageTable, page_time, plan_work
+from adaptivekv.kernels.table import ABSENT, FORMATS, ROTATED, TAIL, Launch, PageTable, page_time, plan_work
 from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.pages import DEVICE, HOST
-from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.sequence import Picker, Sequence
 
 if TYPE_CHECKING:
     from adaptivekv.kernels.select import Selection
@@ -37,6 +37,7 @@ class StepTables:
         self.sequences, self.pool = sequences, sequences[0].pool
         shape, device, layers = self.pool.layers[0], self.pool.device, len(self.pool.layers)
         assert all(s == shape for s in self.pool.layers), "layers of different shapes"
+        assert len(BY_CODE) < FORMATS
         self.columns, self.heads = columns, shape.heads
         self.processors, self.together = processors, launch.programs
         rows = len(sequences) * shape.heads
@@ -68,7 +69,7 @@ class StepTables:
             for i in range(layers)
         ]  # fmt: skip
         self.selections: list[Selection] = []  # of every layer, once a sequence retrieves
-        self.seen: list[tuple[int, int]] = []  # versions and tails of the sequences, as the device has them
+        self.seen: list[tuple[int, int, Picker | None]] = []  # of the sequences, as the device has them
         self.clock = 0  # the pool's changes, as the device has them
         self.sent: torch.cuda.Event | None = None
 
@@ -78,13 +79,13 @@ class StepTables:
 
     def stale(self) -> bool:
         """Whether a sequence has changed since `update` by anything but `advance`."""
-        return [(s.version, s.tail_len) for s in self.sequences] != self.seen
+        return [(s.version, s.tail_len, s.retrieve) for s in self.sequences] != self.seen
 
     def advance(self) -> None:
         """A step has put one token into each tail, on the device too."""
         for sequence in self.sequences:
             sequence.extend()
-        self.seen = [(version, tail + 1) for version, tail in self.seen]
+        self.seen = [(version, tail + 1, retrieve) for version, tail, retrieve in self.seen]
 
     def update(self) -> None:
         """Write the tables anew from the sequences."""
@@ -101,7 +102,7 @@ class StepTables:
                 mass_host[layer, at, : held.shape[1]] = np.nan_to_num(sequence.mass[layer], nan=-1.0)
                 width = max(width, held.shape[1])
             for part, offsets in enumerate(sequence.tail_offsets()):
-                self.tail_host.numpy()[part, :, at] = offsets
+                self.tail_host.numpy()[part, :, at] = offsets.reshape(-1, self.heads)
             self.tails_host[i] = sequence.tail_len
         device = self.pool.device
         # Whole tensors: a part of one would be gathered into memory that is not pinned first.
@@ -113,7 +114,7 @@ class StepTables:
             self.sent = torch.cuda.Event()
             self.sent.record()
         self._build(ids, mass, tail)
-        self.seen = [(s.version, s.tail_len) for s in self.sequences]
+        self.seen = [(s.version, s.tail_len, s.retrieve) for s in self.sequences]
 
     def measured(self) -> None:
         """Take the mass that a statistics step has measured into the sequences. Waits for the GPU."""
@@ -167,6 +168,8 @@ class StepTables:
         self.work.copy_(plan_work(full, self.time, self.processors, self.together))
         if any(s.retrieve for s in self.sequences):
             self._select(entry, live)
+        else:
+            self.selections = []
 
     def _select(self, entry: Tensor, live: Tensor) -> None:
         """Where the bounds of the pages lie and how many pages each row reads, as policies/retrieval chooses them."""
