@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from interpreter import run_in_interpreter
 from models import tiny
 
+from adaptivekv.attention import decode_step
 from adaptivekv.cache import AdaptiveCache
 from adaptivekv.graph import GraphDecoder, refused
-from adaptivekv.kernels.table import ABSENT, ROTATED, plan_work
+from adaptivekv.kernels.table import ABSENT, ROTATED, Launch, plan_work
+from adaptivekv.memory.tables import StepTables, columns_for
 
 PLANS = ("k4v2 | offload(0.4)", "snapkv(0.4) | int8", "int2 | retrieve(0.4)")
 
@@ -52,10 +54,6 @@ def test_work_covers_every_page_once(pages, processors, together):
 
 def compare(plan, steps, decoder=None, device="cpu", generated=29):
     """Worst relative difference of logits, eager path against steps through tables; page mass is compared here."""
-    from adaptivekv.attention import decode_step
-    from adaptivekv.kernels.table import Launch
-    from adaptivekv.memory.tables import StepTables, columns_for
-
     torch.manual_seed(0)
     model = tiny("llama").to(device)
     ids = torch.randint(2, 150, (2, 253), device=device)
@@ -99,6 +97,26 @@ def compare(plan, steps, decoder=None, device="cpu", generated=29):
 
 def test_tables_equal_the_eager_path_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+def test_tables_follow_the_end_of_retrieval():
+    pytest.importorskip("triton")
+    cache = AdaptiveCache(tiny("llama"), plan="retrieve(0.5)", max_tokens=600)
+    with torch.inference_mode():
+        cache.admit(1, [300])
+        (sequence,) = cache.sequences
+        for layer, shape in enumerate(cache.shapes):
+            k, v = (torch.randn(shape.heads, 300, dim) for dim in (shape.k_dim, shape.v_dim))
+            sequence.append(layer, k, v, np.arange(300))
+        sequence.commit(np.arange(300))
+        cache.end_prefill()
+        tables = StepTables(cache.sequences, columns_for(400), 2, Launch(programs=2))
+        tables.update()
+        assert tables.selections and not tables.stale()
+        sequence.retrieve = None  # no page changes with it
+        assert tables.stale()
+        tables.update()
+        assert not tables.selections
 
 
 def test_a_cpu_is_refused_with_the_reason():

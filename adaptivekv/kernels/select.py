@@ -2,6 +2,7 @@
 
 Each page's bound on its scores comes from the smallest and largest key per channel; a row reads its best pages. What a
 program reads is its own run of pages with the others left out, so formats stay together and a step's grid stays fixed.
+`Retrieve.pick` (policies/retrieval) is the same on the host, and what the tests compare with.
 """
 
 from dataclasses import dataclass, replace
