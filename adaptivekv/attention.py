@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.kernels import PageBatch, attend_dense, causal_attention, decode_kernels, merge, page_attention
+from adaptivekv.kernels import PageBatch, attend_dense, causal_attention, merge, page_attention, triton_module
 from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.memory.sequence import Sequence
 
@@ -87,12 +87,12 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, softcap: 
     """Opaque to torch.compile. q [R, G, k_dim], k [R, k_dim], v [R, v_dim] -> out [R, G, v_dim], lse [R, G]."""
     assert _step is not None
     tables, stats = _step
-    table, kernels = tables.tables[layer], decode_kernels()
+    table, decode = tables.tables[layer], triton_module("decode")
     if stats or not tables.selections:  # a step that measures every page reads every page
         mass = tables.mass[layer] if stats else None
-        return kernels.attend_table(q, table, scale, softcap or None, (k, v), mass)
-    picked = kernels.select_pages(q, table, tables.selections[layer])
-    return kernels.attend_table(q, picked, scale, softcap or None, (k, v))
+        return decode.attend_table(q, table, scale, softcap or None, (k, v), mass)
+    picked = decode.select_pages(q, table, tables.selections[layer])
+    return decode.attend_table(q, picked, scale, softcap or None, (k, v))
 
 
 @_decode.register_fake

@@ -33,6 +33,7 @@ from adaptivekv.console import (
     show_facts,
 )
 from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.paths import cache_root
 from adaptivekv.trainer.cli import app as learn
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -111,8 +112,7 @@ def _session_folder(name: str | None) -> Path | None:
         return None
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise AdaptiveKVError(f"session {name!r}: use letters, digits, '-', '_' and '.'")
-    root = os.environ.get("ADAPTIVEKV_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "adaptivekv") / "sessions" / name
+    return cache_root() / "sessions" / name
 
 
 def _summary(result: dict[str, Any]) -> None:

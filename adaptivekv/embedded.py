@@ -25,6 +25,7 @@ import torch
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.huggingface import line, prepare, quiet
+from adaptivekv.paths import cache_root
 
 CONVERSION = 1  # raise when convert() writes something else: older folders are then left alone and not read
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -69,8 +70,7 @@ DEFAULT = "smollm2"
 
 def cache_folder() -> Path:
     """The folder of converted models; it may not exist yet."""
-    root = os.environ.get("ADAPTIVEKV_CACHE")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "adaptivekv") / "models"
+    return cache_root() / "models"
 
 
 def converted_folder(name: str = DEFAULT) -> Path:

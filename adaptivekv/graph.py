@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from adaptivekv.attention import decode_step
-from adaptivekv.kernels import decode_kernels, triton_works
+from adaptivekv.kernels import triton_module, triton_works
 from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.memory.tables import PAIRS, StepTables, columns_for
 
@@ -107,11 +107,9 @@ class GraphDecoder:
         ):
             self.graphs.clear()
             longest = max(max(s.length + r.new for s, r in zip(sequences, cache.requests, strict=True)), 1)
-            from adaptivekv.kernels import tune  # not above: it imports Triton
-
-            shape, processors = cache.shapes[0], decode_kernels().processors(cache.device)
+            shape, processors = cache.shapes[0], triton_module("decode").processors(cache.device)
             group = shape.q_heads // shape.heads
-            launch = tune.launch_for(cache.device, shape.k_dim, shape.v_dim, group, cache.dtype, PAIRS)
+            launch = triton_module("tune").launch_for(cache.device, shape.k_dim, shape.v_dim, group, cache.dtype, PAIRS)
             self.tables = tables = StepTables(sequences, columns_for(longest), processors, launch)
             self.tokens = torch.zeros(len(sequences), 1, dtype=torch.int64, device=cache.device)
             self.positions = torch.zeros_like(self.tokens)

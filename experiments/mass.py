@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.steps < EPOCH or args.tokens < 128:
+        parser.error(f"--steps must be at least {EPOCH} and --tokens at least 128")
     step = masses(args.tokens, args.steps)
     true, sampled = step.sum(0), step[EPOCH - 1]
     for mass in step[2 * EPOCH - 1 :: EPOCH]:

@@ -10,6 +10,7 @@ from models import tiny as tiny_model
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
 from adaptivekv.memory.formats import FORMATS
+from adaptivekv.memory.integrity import check_sequence
 from adaptivekv.memory.pages import LayerShape, PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies import STAGES
@@ -172,7 +173,7 @@ def test_every_method(method, options):
         sure = {*range(4), *range(*span), *range(TOKENS - 32, TOKENS - sequence.tail_len)}
         plan.apply(sequence)
         sequence.pool.check_integrity()
-        sequence.check_integrity()
+        check_sequence(sequence)
         held, budgets = tiny.held(), stage.budgets(sequence)
         assert sum(budgets) == len(SHAPES) * (round(keep * TOKENS) - sequence.tail_len)
         for layer, heads in enumerate(held):

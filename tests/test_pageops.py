@@ -152,7 +152,7 @@ def check_triton(device, cases):
         try:
             args = recode_case(codecs, dim, dtype, rotate, seed + i)
             mine = copies(device, args)
-            pageops.recode_torch(*args)
+            pageops.recode.__wrapped__(*args)
             pagekernels.recode(*mine)
             size = args[6].part_bytes(dim, dtype)
             at, new = args[3], args[6]
@@ -164,7 +164,7 @@ def check_triton(device, cases):
 
             args, _ = pack_case(codecs[0], dim, dtype, seed + i)
             mine = copies(device, args)
-            pageops.pack_slots_torch(*args)
+            pageops.pack_slots.__wrapped__(*args)
             pagekernels.pack_slots(*mine)
             assert torch.equal(mine[1].cpu(), args[1]), "packed bytes differ"
 
@@ -172,7 +172,7 @@ def check_triton(device, cases):
             src = torch.randint(0, 255, (size * 8,), generator=gen, dtype=torch.uint8)
             near, far = (torch.randperm(8, generator=gen)[:5] * size for _ in range(2))
             out = [torch.full_like(src, 255) for _ in range(2)]
-            pageops.copy_parts_torch(src, out[0], near, far, size)
+            pageops.copy_parts.__wrapped__(src, out[0], near, far, size)
             there = out[1].to(device)  # on the CPU the same bytes
             pagekernels.copy_parts(src.to(device), there, near.to(device), far.to(device), size)
             assert torch.equal(there.cpu(), out[0]), "copied bytes differ"

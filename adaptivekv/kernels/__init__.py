@@ -1,16 +1,11 @@
 """Attention over mixed-format pages: codecs, the plain-torch reference (also the CPU path) and the Triton kernel."""
 
-import importlib
-import os
-import warnings
-from functools import lru_cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from adaptivekv.kernels.attend import PageBatch, attend_dense, attend_pages, merge
 from adaptivekv.kernels.codec import CODECS, PAGE, UNIT, Codec
+from adaptivekv.kernels.dispatch import triton_module, triton_works
 from adaptivekv.kernels.hadamard import hadamard
 
 __all__ = [
@@ -22,10 +17,10 @@ __all__ = [
     "attend_dense",
     "attend_pages",
     "causal_attention",
-    "decode_kernels",
     "hadamard",
     "merge",
     "page_attention",
+    "triton_module",
     "triton_works",
 ]
 
@@ -46,8 +41,8 @@ def page_attention(
     whole = all(c.native or d * c.bits % 16 == 0 for c, d in ((batch.k, batch.k_dim), (batch.v, batch.v_dim)))
     if q.is_cuda and batch.count.numel() and whole and triton_works():
         if q.shape[1] <= 16:
-            return _module("decode").attend_pages_triton(q, batch, scale, softcap, stats)
-        return _module("prefill").prefill_pages_triton(q, batch, scale, softcap, stats)
+            return triton_module("decode").attend_pages_triton(q, batch, scale, softcap, stats)
+        return triton_module("prefill").prefill_pages_triton(q, batch, scale, softcap, stats)
     return attend_pages(q, batch, scale, softcap, stats, block_pages)
 
 
@@ -60,33 +55,9 @@ def causal_attention(
     Returns out [H, G * n, v_dim] and lse [H, G * n], float32.
     """
     if n > 1 and q.is_cuda and triton_works():
-        return _module("prefill").prefill_causal(q, k, v, scale, n, softcap)
+        return triton_module("prefill").prefill_causal(q, k, v, scale, n, softcap)
     mask = None
     if n > 1:
         mask = torch.ones(n, k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - n)
         mask = mask.repeat(q.shape[1] // n, 1)
     return attend_dense(q, k, v, scale, mask, softcap)
-
-
-@lru_cache
-def triton_works() -> bool:
-    """Whether the Triton kernels can be used; where not, says once what runs instead."""
-    if os.environ.get("ADAPTIVEKV_TRITON") == "0":
-        return False
-    try:
-        _module("decode")
-    except ImportError as error:
-        warnings.warn(f"Triton is missing ({error}): attention runs in plain torch, several times slower", stacklevel=2)
-        return False
-    return True
-
-
-def decode_kernels() -> ModuleType:
-    """`adaptivekv.kernels.decode`, for callers that may not import Triton themselves."""
-    return _module("decode")
-
-
-@lru_cache
-def _module(name: str) -> ModuleType:
-    """A module of kernels, imported at first use: importing it fixes whether Triton interprets or compiles."""
-    return importlib.import_module(f"adaptivekv.kernels.{name}")

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adaptivekv.kernels import pageops
 from adaptivekv.kernels.codec import PAGE, UNIT, Codec
 from adaptivekv.kernels.hadamard import signs
 
@@ -37,8 +38,12 @@ def recode(
     dtype: torch.dtype,
     rotate: bool = False,
 ) -> None:
-    """`pageops.recode` for dims that are multiples of 4; equal to it up to ties of rounding."""
+    """`pageops.recode`, equal to it up to ties of rounding; it runs itself where `dim` is no multiple of 4."""
+    new.check(dim)
     if not len(src_off):
+        return
+    if dim % 4:
+        pageops.recode.__wrapped__(src, dst, src_off, dst_off, count, old, new, dim, dtype, rotate)  # type: ignore[attr-defined]
         return
     kind = dtype if old.native else torch.float16  # levels up to 255 are exact in float16
     # the interpreter multiplies bfloat16 bit patterns as integers

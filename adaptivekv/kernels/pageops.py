@@ -1,91 +1,22 @@
 """Changes of stored page parts, any number of them in one launch: `recode`, `pack_slots`, `copy_parts`.
 
 All take arenas (uint8) and byte offsets, and write in place: nothing decoded ever lies in memory. The functions
-of this file are plain torch, the CPU path and the reference; `pagekernels` holds their Triton twins. Where the offsets
-lie decides: tables on a GPU mean Triton, which also reaches pinned host memory.
+of this file are plain torch, the CPU path and the reference; `pagekernels` holds the Triton twins that run in their
+place where the offsets lie on a GPU.
 Parts that are read must not overlap parts that are written, unless they are the same bytes of a `copy_parts`.
 """
 
-import importlib
 import math
-import os
-from functools import lru_cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE, UNIT, Codec
+from adaptivekv.kernels.dispatch import has_twin
 from adaptivekv.kernels.hadamard import hadamard
 
 _CHUNK = 1 << 20
 """Bytes (float32) that the torch functions decode at a time; the Triton kernels need none."""
-
-
-def recode(
-    src: Tensor,
-    dst: Tensor,
-    src_off: Tensor,
-    dst_off: Tensor,
-    count: Tensor,
-    old: Codec,
-    new: Codec,
-    dim: int,
-    dtype: torch.dtype,
-    rotate: bool = False,
-) -> None:
-    """Decode parts of `src` and encode them into `dst`, Hadamard-rotating in between if `rotate` (its own inverse).
-
-    src_off, dst_off: int64 [n] byte offsets; count: int32 [n] used slots, the others are written as zeros.
-    dim: elements of a slot; dtype: the native storage dtype. Raises AdaptiveKVError if `dim` does not pack.
-    """
-    new.check(dim)
-    kernels = _kernels() if src_off.is_cuda and dim % 4 == 0 else None
-    (kernels.recode if kernels else recode_torch)(src, dst, src_off, dst_off, count, old, new, dim, dtype, rotate)
-
-
-def pack_slots(
-    src: Tensor,
-    dst: Tensor,
-    src_off: Tensor,
-    mask: Tensor,
-    start: Tensor,
-    dst_off: Tensor,
-    count: Tensor,
-    codec: Codec,
-    dim: int,
-    dtype: torch.dtype,
-) -> None:
-    """Copy chosen slots of parts into fuller parts of the same codec: stored bytes move, nothing is quantised again.
-
-    src_off: int64 [n]; mask: int64 [n], bit s says that slot s is taken; start: int64 [n], the running number of a
-    part's first taken slot. Slot number g lands in slot g % 64 of the part at dst_off[g // 64].
-    dst_off: int64 [m]; count: int32 [m] used slots of the new parts, the others are written as zeros.
-    """
-    kernels = _kernels() if src_off.is_cuda else None
-    (kernels.pack_slots if kernels else pack_slots_torch)(
-        src, dst, src_off, mask, start, dst_off, count, codec, dim, dtype
-    )
-
-
-def copy_parts(src: Tensor, dst: Tensor, src_off: Tensor, dst_off: Tensor, size: int) -> None:
-    """Copy runs of `size` bytes: src_off, dst_off int64 [n]; all of them are multiples of 128."""
-    kernels = _kernels() if src_off.is_cuda else None
-    (kernels.copy_parts if kernels else copy_parts_torch)(src, dst, src_off, dst_off, size)
-
-
-@lru_cache
-def _kernels() -> ModuleType | None:
-    """The Triton twins, imported at first use like `page_attention`'s kernel; ADAPTIVEKV_TRITON=0 keeps to torch."""
-    if os.environ.get("ADAPTIVEKV_TRITON") == "0":
-        return None
-    try:
-        return importlib.import_module("adaptivekv.kernels.pagekernels")
-    except ImportError:
-        return None
-
-
-# -- torch -----------------------------------------------------------------------------------------------------------
 
 
 def fetch(arena: Tensor, off: Tensor, size: int) -> Tensor:
@@ -107,7 +38,8 @@ def _rows(arena: Tensor, off: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return arena[: arena.numel() // unit * unit].view(-1, unit), index.to(arena.device)
 
 
-def recode_torch(
+@has_twin("pagekernels")
+def recode(
     src: Tensor,
     dst: Tensor,
     src_off: Tensor,
@@ -119,7 +51,11 @@ def recode_torch(
     dtype: torch.dtype,
     rotate: bool = False,
 ) -> None:
-    """`recode` in torch, a bounded number of parts at a time."""
+    """Decode parts of `src` and encode them into `dst`, Hadamard-rotating in between if `rotate` (its own inverse).
+
+    src_off, dst_off: int64 [n] byte offsets; count: int32 [n] used slots, the others are written as zeros.
+    dim: elements of a slot; dtype: the native storage dtype. Raises AdaptiveKVError if `dim` does not pack.
+    """
     size, step = old.part_bytes(dim, dtype), max(1, _CHUNK // (PAGE * dim * 4))
     for i in range(0, len(src_off), step):
         cut = slice(i, i + step)
@@ -129,7 +65,8 @@ def recode_torch(
         store(dst, dst_off[cut], new.encode(hadamard(x) if rotate else x, dtype))
 
 
-def pack_slots_torch(
+@has_twin("pagekernels")
+def pack_slots(
     src: Tensor,
     dst: Tensor,
     src_off: Tensor,
@@ -141,7 +78,12 @@ def pack_slots_torch(
     dim: int,
     dtype: torch.dtype,
 ) -> None:
-    """`pack_slots` in torch: the taken slots of all parts in the order of their numbers, then part by part."""
+    """Copy chosen slots of parts into fuller parts of the same codec: stored bytes move, nothing is quantised again.
+
+    src_off: int64 [n]; mask: int64 [n], bit s says that slot s is taken; start: int64 [n], the running number of a
+    part's first taken slot. Slot number g lands in slot g % 64 of the part at dst_off[g // 64].
+    dst_off: int64 [m]; count: int32 [m] used slots of the new parts, the others are written as zeros.
+    """
     size, end = codec.part_bytes(dim, dtype), codec.payload_bytes(dim, dtype)
     width, step = end // PAGE, max(1, _CHUNK // size)
     src_off, mask, start, dst_off = (table.to(dst.device) for table in (src_off, mask, start, dst_off))
@@ -163,8 +105,9 @@ def pack_slots_torch(
         store(dst, dst_off[i : i + n], out)
 
 
-def copy_parts_torch(src: Tensor, dst: Tensor, src_off: Tensor, dst_off: Tensor, size: int) -> None:
-    """`copy_parts` in torch, a bounded number of runs at a time."""
+@has_twin("pagekernels")
+def copy_parts(src: Tensor, dst: Tensor, src_off: Tensor, dst_off: Tensor, size: int) -> None:
+    """Copy runs of `size` bytes: src_off, dst_off int64 [n]; all of them are multiples of 128."""
     step = max(1, _CHUNK // size)
     for i in range(0, len(src_off), step):
         store(dst, dst_off[i : i + step], fetch(src, src_off[i : i + step], size))

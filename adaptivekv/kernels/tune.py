@@ -5,6 +5,7 @@ Key: device, Triton, head sizes, query rows, storage dtype, codecs. ADAPTIVEKV_T
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict
@@ -19,16 +20,11 @@ import triton.testing
 from adaptivekv.kernels.codec import PAGE, Codec
 from adaptivekv.kernels.decode import attend_table, even_work, occupancy
 from adaptivekv.kernels.table import Launch, PageTable
+from adaptivekv.paths import cache_root
 
 CANDIDATES = (Launch(1, 3, 2, 1), Launch(1, 5, 2, 2), Launch(2, 3, 2, 1), Launch(4, 3, 1, 1))
 """One warp a program first: no barriers, and the most programs at once."""
 _BYTES = 192 << 20  # of pages to measure on: more than any L2 holds
-
-
-def cache_file() -> Path:
-    """Where measured launches are kept."""
-    root = os.environ.get("ADAPTIVEKV_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "adaptivekv" / "launches.json"
 
 
 @lru_cache
@@ -41,22 +37,27 @@ def launch_for(
     names = "+".join(f"{k.name}/{v.name}" for k, v in pairs)
     name = torch.cuda.get_device_name(device)
     key = f"{name}, triton {triton.__version__}, {k_dim}x{v_dim}, {rows} rows, {dtype}, {names}"
-    file = cache_file()
-    try:
-        known = json.loads(file.read_text())
-        return Launch(**known[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        known = {}
+    file = cache_root() / "launches.json"
+    if launch := _known(file).get(key):
+        return launch
     launch = measure(device, k_dim, v_dim, rows, dtype, pairs)
-    try:
-        known = json.loads(file.read_text()) if file.exists() else {}
+    with contextlib.suppress(OSError):  # where it cannot be written it is measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(known | {key: asdict(launch)}, indent=1))
+        partial.write_text(json.dumps({k: asdict(v) for k, v in (_known(file) | {key: launch}).items()}, indent=1))
         os.replace(partial, file)
-    except (OSError, ValueError):
-        pass  # a cache that cannot be written is measured again next time
     return launch
+
+
+def _known(file: Path) -> dict[str, Launch]:
+    """Launches measured before; a file that is damaged, or an entry that is, counts as none."""
+    try:
+        entries = json.loads(file.read_text()).items()
+    except (OSError, ValueError, AttributeError):
+        return {}
+    names = set(asdict(Launch()))
+    whole = {k: v for k, v in entries if isinstance(v, dict) and set(v) == names}
+    return {k: Launch(**v) for k, v in whole.items() if all(type(n) is int and 0 < n <= 64 for n in v.values())}
 
 
 def measure(

@@ -12,6 +12,7 @@ import torch
 from adaptivekv.errors import BudgetError
 from adaptivekv.kernels import hadamard, pageops
 from adaptivekv.kernels.codec import PAGE, UNIT, Codec
+from adaptivekv.memory import integrity
 from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.compact import compact
@@ -361,26 +362,8 @@ class PagePool:
         return off[order], size[order], part[order], np.concatenate([live, live, bound])[order]
 
     def check_integrity(self) -> None:
-        """References equal counts, nothing leaked, bytes add up, no two blocks overlap."""
-        self.settle()
-        refs = np.zeros_like(self.ref)
-        for sequence in self.sequences:
-            sequence.check_integrity()
-            for ids in sequence.pages():
-                np.add.at(refs, ids, 1)
-        assert (refs == self.ref).all(), "reference counts differ from references"
-        assert set(self.free_ids.tolist()) == set(np.flatnonzero(self.ref == 0).tolist()), "page ids leaked"
-        for tier, arena in enumerate(self.arenas):
-            if arena is None:
-                continue
-            arena.check_integrity()
-            off, size, *_ = self.blocks(tier)
-            if tier == DEVICE:
-                off = np.concatenate([off, np.array(list(self.regions), np.int64)])
-                size = np.concatenate([size, np.array(list(self.regions.values()), np.int64)])
-            order = np.argsort(off)
-            assert (off[order][:-1] + size[order][:-1] <= off[order][1:]).all(), "blocks overlap"
-            assert size.sum() == arena.used, "bytes do not add up"
+        """Assert the invariants (integrity.py)."""
+        integrity.check_pool(self)
 
 
 def _bytes(codec: Codec, dim: int, dtype: torch.dtype) -> int:

@@ -405,17 +405,3 @@ class Sequence:
             total += sum(int(n) * bounds_bytes(pool, layer) for layer, n in enumerate(bound) if n)
             total += sum(pool.regions[r] for r in self._regions)
         return total
-
-    def check_integrity(self) -> None:
-        for layer, ids in enumerate(self.ids):
-            live = ids >= 0
-            assert (np.diff(live.astype(int), axis=1) <= 0).all(), "a gap in a page list"
-            pages = ids[live]
-            assert (self.pool.ref[pages] > 0).all() and (self.pool.layer[pages] == layer).all()
-            assert ((self.pool.count[pages] > 0) & (self.pool.count[pages] <= PAGE)).all()
-            for h in range(len(ids)):
-                used, pos = self.slots(layer)
-                seen = np.concatenate([pos[h][used[h]], self.tail_pos[: self.tail_len]])
-                assert len(np.unique(seen)) == len(seen), "a position is held twice"
-                assert not len(seen) or seen.max() < self.length
-        assert 0 <= self.tail_len < PAGE
