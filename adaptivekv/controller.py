@@ -16,8 +16,9 @@ from adaptivekv.features.attention import attention_features
 from adaptivekv.features.request import logit_features, request_features
 from adaptivekv.features.system import system_features
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
-from adaptivekv.memory.pages import DEVICE, HOST, PagePool
+from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector

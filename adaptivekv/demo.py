@@ -20,7 +20,7 @@ from adaptivekv.engine.process import ProcessMemory
 from adaptivekv.engine.session import Message, Options, Session
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.formats import parse_bytes
-from adaptivekv.memory.pages import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import LoadedModel, load
 from adaptivekv.plan import Plan
 from adaptivekv.selector import Selector

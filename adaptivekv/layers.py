@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from adaptivekv.attention import Staged
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.memory.pages import LayerShape
+from adaptivekv.memory.shapes import LayerShape
 
 if TYPE_CHECKING:
     from adaptivekv.cache import AdaptiveCache

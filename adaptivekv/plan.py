@@ -15,8 +15,8 @@ import torch
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.codec import PAGE, UNIT
 from adaptivekv.memory.formats import FORMATS
-from adaptivekv.memory.pages import LayerShape
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.policies import KINDS, STAGES, Stage
 
 _STAGE = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*\Z")

@@ -8,8 +8,8 @@ import numpy as np
 
 from adaptivekv.errors import BudgetError
 from adaptivekv.memory.formats import BY_CODE, FORMATS
-from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.policies.base import settled, worth
 

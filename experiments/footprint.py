@@ -36,8 +36,8 @@ from adaptivekv import AdaptiveCache
 from adaptivekv.controller import Controller
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.formats import FORMATS
-from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import LoadedModel, load
 from adaptivekv.plan import Plan
 from adaptivekv.trainer.replay import Reference, reference, replay

@@ -5,7 +5,7 @@ import torch
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError
 from adaptivekv.controller import Controller
-from adaptivekv.memory.pages import DEVICE
+from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.trainer.evaluate import COLUMNS, NEW, evaluate
 from adaptivekv.trainer.replay import reference, replay
 from adaptivekv.trainer.tasks import BOOK, TASKS, Task, haystack, make

@@ -16,8 +16,9 @@ from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds
 from adaptivekv.memory.evict import evict_all
 from adaptivekv.memory.formats import FORMATS
-from adaptivekv.memory.pages import DEVICE, HOST, LayerShape, PagePool
+from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import DEVICE, HOST, LayerShape
 
 SHAPES = [LayerShape(2, 4, 16, 16), LayerShape(1, 4, 24, 16)]
 

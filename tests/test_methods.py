@@ -11,8 +11,9 @@ from models import tiny as tiny_model
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.integrity import check_sequence
-from adaptivekv.memory.pages import LayerShape, PagePool
+from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.policies import STAGES
 from adaptivekv.policies.eviction.base import Eviction
 from adaptivekv.policies.eviction.budgets import pyramid

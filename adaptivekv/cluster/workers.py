@@ -18,7 +18,7 @@ from adaptivekv.controller import Request as CacheRequest
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 from adaptivekv.features.request import text_features
-from adaptivekv.memory.pages import DEVICE
+from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.plan import Plan
 from adaptivekv.trainer import replay as replaying
 from adaptivekv.trainer import workload

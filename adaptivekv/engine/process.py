@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -42,6 +43,7 @@ def freeze() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or the extensions report all of it as leaked when the process ends
 
 
 def _field(name: str) -> int:

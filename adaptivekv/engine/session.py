@@ -19,7 +19,7 @@ from adaptivekv.errors import AdaptiveKVError, CacheFileError
 from adaptivekv.features.request import text_features
 from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.memory import store
-from adaptivekv.memory.pages import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
 from adaptivekv.selector import Selector

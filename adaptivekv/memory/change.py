@@ -10,7 +10,8 @@ import torch
 from adaptivekv.kernels import pageops
 from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.formats import Format
-from adaptivekv.memory.pages import DEVICE, Kind, PagePool
+from adaptivekv.memory.pages import PagePool
+from adaptivekv.memory.shapes import DEVICE, Kind
 
 
 def convert(pool: PagePool, ids: np.ndarray, fmt: Format) -> np.ndarray:

@@ -12,8 +12,9 @@ from adaptivekv.kernels import CODECS, pageops
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.change import staged, unstage
-from adaptivekv.memory.pages import HOST, Kind, PagePool
+from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import HOST, Kind
 
 _FULL = np.array([(1 << n) - 1 for n in range(PAGE + 1)], np.uint64)  # slots 0 to n - 1, a bit each
 _POS_BYTES = PAGE * 4

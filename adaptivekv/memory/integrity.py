@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.shapes import DEVICE
 
 if TYPE_CHECKING:
     from adaptivekv.memory.pages import PagePool
@@ -28,7 +29,7 @@ def check_pool(pool: PagePool) -> None:
             continue
         arena.check_integrity()
         off, size, *_ = pool.blocks(tier)
-        if tier == 0:  # the device, where tails and rings lie
+        if tier == DEVICE:  # where tails and rings lie
             off = np.concatenate([off, np.array(list(pool.regions), np.int64)])
             size = np.concatenate([size, np.array(list(pool.regions.values()), np.int64)])
         order = np.argsort(off)

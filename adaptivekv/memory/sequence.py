@@ -13,12 +13,14 @@ from adaptivekv.kernels import PageBatch, pageops
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory import change
 from adaptivekv.memory.arena import ArenaFull
+from adaptivekv.memory.batches import page_batches
 from adaptivekv.memory.bounds import bounds_bytes
-from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
-from adaptivekv.memory.pages import DEVICE, HOST, Kind, PagePool
+from adaptivekv.memory.formats import FORMATS, Format
+from adaptivekv.memory.pages import PagePool
+from adaptivekv.memory.shapes import DEVICE, Kind
 
 if TYPE_CHECKING:
-    from adaptivekv.memory.pages import LayerShape
+    from adaptivekv.memory.shapes import LayerShape
 
 
 class Picker(Protocol):
@@ -223,32 +225,11 @@ class Sequence:
 
         pick: bool like `ids[layer]`, the pages to read (None: all, prepared once until the pages change).
         """
-        if pick is None and (ready := self._batches[layer]) is not None:
-            return ready
-        pool, ids, shape = self.pool, self.ids[layer], self.pool.layers[layer]
-        live = ids >= 0 if pick is None else (ids >= 0) & pick
-        key = np.where(live, pool.code[ids].astype(np.int16) * 2 + pool.tier[ids], -1)
-        out = []
-        for value in np.unique(key[live]):
-            mask = key == value
-            width = int(mask.sum(1).max())
-            cols = np.argsort(~mask, axis=1, kind="stable")[:, :width]
-            here = np.take_along_axis(mask, cols, 1)
-            cols = np.where(here, cols, -1)
-            page = np.where(here, np.take_along_axis(ids, np.maximum(cols, 0), 1), 0)
-            fmt, tier = BY_CODE[value // 2], int(value % 2)
-            if tier == HOST:
-                pool.settle()
-            arena = pool.arena(tier).data
-            count = np.where(here, pool.count[page], 0).astype(np.int32)
-            k_off, v_off = (np.where(here, off[page], 0) for off in (pool.k_off, pool.v_off))
-            at = [torch.from_numpy(np.ascontiguousarray(x)).to(arena.device) for x in (k_off, v_off, count)]
-            dims, full = (pool.dtype, shape.k_dim, shape.v_dim), bool((count == PAGE).all())
-            batch = PageBatch(arena, at[0], at[1], at[2], fmt.k, fmt.v, *dims, fmt.rotate, full)
-            out.append((batch, cols))
-        if pick is None:
-            self._batches[layer] = out
-        return out
+        if pick is not None:
+            return page_batches(self, layer, pick)
+        if (ready := self._batches[layer]) is None:
+            ready = self._batches[layer] = page_batches(self, layer, self.ids[layer] >= 0)
+        return ready
 
     def measure(self, layer: int, columns: np.ndarray, mass: np.ndarray) -> None:
         """Take in the attention that pages received in one step: columns [H, P] (-1 absent), mass [H, P] (shares)."""

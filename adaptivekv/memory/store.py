@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from adaptivekv.errors import CacheFileError
 from adaptivekv.memory.formats import BY_CODE
-from adaptivekv.memory.pages import TIERS, PagePool
+from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import TIERS
 
 VERSION = 1
 

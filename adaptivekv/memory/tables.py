@@ -11,8 +11,8 @@ from torch import Tensor
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.kernels.table import ABSENT, FORMATS, ROTATED, TAIL, Launch, PageTable, page_time, plan_work
 from adaptivekv.memory.formats import BY_CODE
-from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Picker, Sequence
+from adaptivekv.memory.shapes import DEVICE, HOST
 
 if TYPE_CHECKING:
     from adaptivekv.kernels.select import Selection

@@ -25,8 +25,8 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features.request import text_features
 from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.memory.formats import FORMATS
-from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from adaptivekv.memory.pages import DEVICE, HOST
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.policies.base import Stage, share, worth
 
 
