@@ -37,7 +37,7 @@ def kernels(
     json_: Json = False,
 ) -> None:
     """Decode attention over pages of every format and a mixture, against torch's fused attention in the same run."""
-    _need_gpu()
+    _need_gpu(out)
     from adaptivekv.bench.kernels import SMALL, run
 
     rows = _collect(run(SMALL) if small else run(), KERNELS, json_)
@@ -55,10 +55,10 @@ def decode(
     json_: Json = False,
 ) -> None:
     """Whole decode steps of known model shapes with random weights, as captured CUDA graphs."""
-    _need_gpu()
     from adaptivekv.bench.decode import CASES, run
 
     cases = tuple(map(_case, case or ())) or CASES
+    _need_gpu(out)
     rows = _collect(run(cases, compiled, peers), DECODE, json_)
     _finish("decode", rows, out, json_)
 
@@ -69,12 +69,13 @@ def _case(text: str) -> tuple[str, int, int, str]:
     from adaptivekv.plan import Plan
 
     parts = text.split(maxsplit=3)
-    if len(parts) != 4 or parts[0] not in SHAPES or not (parts[1].isdigit() and parts[2].isdigit()):
+    if len(parts) != 4 or parts[0] not in SHAPES or not all(n.isdigit() and int(n) for n in parts[1:3]):
         raise AdaptiveKVError(f"case {text!r}: write it as '8b 1 1024 full'; shapes are {', '.join(SHAPES)}")
     return parts[0], int(parts[1]), int(parts[2]), str(Plan.parse(parts[3]))
 
 
-def _need_gpu() -> None:
+def _need_gpu(out: Path | None) -> None:
+    """Refuse what cannot work before minutes are spent on it."""
     import torch
 
     from adaptivekv.kernels import triton_works
@@ -83,6 +84,12 @@ def _need_gpu() -> None:
         raise AdaptiveKVError("bench: no CUDA GPU here; these numbers mean nothing on a CPU")
     if not triton_works():
         raise AdaptiveKVError("bench: Triton is missing; pip install triton")
+    if out:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.open("a").close()
+        except OSError as error:
+            raise AdaptiveKVError(f"out {out}: cannot be written ({error.strerror}); name another file") from None
 
 
 def _collect(rows: Iterable[dict[str, Any]], columns: dict[str, str], quiet: bool) -> list[dict[str, Any]]:
@@ -107,7 +114,6 @@ def _finish(name: str, rows: list[dict[str, Any]], out: Path | None, json_: bool
         "rows": rows,
     }
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
         from adaptivekv.bench.plots import plot
 
