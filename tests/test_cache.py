@@ -216,7 +216,7 @@ def test_ragged_heads_from_per_head_eviction():
         keys = [
             sequence.keys(layer, h).view(used.shape[1], -1, 16)[torch.from_numpy(keep[h] & used[h])] for h in (0, 1)
         ]
-        evict(sequence, layer, keep)
+        evict(sequence, [keep if i == layer else None for i in range(len(cache.shapes))])
         assert sequence.bytes() < before
         for h in (0, 1):
             now, _ = sequence.slots(layer)

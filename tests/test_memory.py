@@ -14,7 +14,7 @@ from adaptivekv.errors import CacheFileError
 from adaptivekv.memory import store
 from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds
-from adaptivekv.memory.evict import evict_all
+from adaptivekv.memory.evict import evict
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
@@ -121,7 +121,7 @@ class Memory(RuleBasedStateMachine):
             used, pos = sequence.slots(layer)
             expected |= {(layer, h, int(p)) for h in range(len(used)) for p in pos[h][used[h] & k[h]]}
         try:
-            evict_all(sequence, keep)
+            evict(sequence, keep)
             assert content(sequence).keys() == expected
         except ArenaFull:
             assert any((self.pool.ref[ids] > 1).any() for ids in sequence.pages()), "own pages leave room enough"
@@ -282,7 +282,7 @@ def test_a_full_arena_still_converts_and_evicts(name):
         for layer, k in enumerate(keep):
             used, pos = sequence.slots(layer)
             expected |= {(layer, h, int(q)) for h in range(len(used)) for q in pos[h][used[h] & k[h]]}
-        evict_all(sequence, keep)
+        evict(sequence, keep)
         after = content(sequence)
         assert after.keys() == expected
         same(after, {key: before[key] for key in after})

@@ -20,12 +20,7 @@ _FULL = np.array([(1 << n) - 1 for n in range(PAGE + 1)], np.uint64)  # slots 0 
 _POS_BYTES = PAGE * 4
 
 
-def evict(sequence: Sequence, layer: int, keep: np.ndarray) -> None:
-    """`evict_all` for one layer: keep [H, P, 64]."""
-    evict_all(sequence, [keep if i == layer else None for i in range(len(sequence.ids))])
-
-
-def evict_all(sequence: Sequence, keep: list[np.ndarray | None]) -> None:
+def evict(sequence: Sequence, keep: list[np.ndarray | None]) -> None:
     """Keep the slots where `keep` (bool [H, P, 64] a layer, None: all) is true and repack what is left of broken pages.
 
     Whole pages that are kept stay as they are; survivors of the others fill new pages of the same head, format and

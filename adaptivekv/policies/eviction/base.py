@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from adaptivekv.kernels.codec import PAGE
-from adaptivekv.memory.evict import evict_all
+from adaptivekv.memory.evict import evict
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, choice, protected, share, whole
 from adaptivekv.policies.eviction.budgets import across_heads, pyramid, top
@@ -51,7 +51,7 @@ class Eviction(Stage):
     def apply(self, sequence: Sequence) -> None:
         keep = [self._best(sequence, layer, target) for layer, target in enumerate(self.budgets(sequence))]
         if any(mask is not None for mask in keep):
-            evict_all(sequence, keep)
+            evict(sequence, keep)
 
     def _best(self, sequence: Sequence, layer: int, target: int) -> np.ndarray | None:
         """The slots that are worth most, `target` of each head or on average, bool [H, P, 64]; None: all."""
