@@ -175,6 +175,8 @@ def check_model(model: str) -> None:
 def _start(app: ray_serve.Application, host: str, port: int, replicas: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A busy machine takes longer than Serve's 5 seconds to import the proxy, which is then killed.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {
         "num_cpus": max(os.cpu_count() or 1, replicas), "include_dashboard": False, "object_store_memory": 128 << 20,
@@ -187,10 +189,10 @@ def _start(app: ray_serve.Application, host: str, port: int, replicas: int) -> N
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _take_signals()  # ray.init has put its own in
-    ray_serve.start(http_options={"host": host, "port": port})
     try:
+        ray_serve.start(http_options={"host": host, "port": port})
         ray_serve.run(app, name=NAME, logging_config={"enable_access_log": False, "log_level": "WARNING"})
-    except RuntimeError as error:
+    except (RuntimeError, ray.exceptions.RayError) as error:
         raise AdaptiveKVError(_cause(error)) from None
     _check_answers(host, port)
 
