@@ -166,12 +166,13 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
 
 def attend_sequence(
     sequence: Sequence, layer: int, q: Tensor, k: Tensor, v: Tensor,
-    scale: float, softcap: float | None = None, sinks: Tensor | None = None, stats: bool = False,
+    scale: float, softcap: float | None = None, sinks: Tensor | None = None, stats: bool = False, recall: bool = False,
 ) -> Tensor:  # fmt: skip
     """One request, one layer: the new tokens attend to everything held and, causally, to each other.
 
     q [Hq, n, k_dim], k [H, n, k_dim], v [H, n, v_dim], rotary applied, pads removed. Stores nothing. With `stats`, the
-    attention each page received goes into `sequence.mass`. Returns [Hq, n, v_dim] float32.
+    attention each page received goes into `sequence.mass`; with `recall`, the most that any new token paid each sealed
+    slot into `sequence.recalled`. Returns [Hq, n, v_dim] float32.
     """
     heads, (q_heads, n, _) = len(k), q.shape
     group = q_heads // heads
@@ -197,7 +198,24 @@ def attend_sequence(
         if page_lse is not None:
             mass = (page_lse - lse[:, None]).exp_().mean(-1)  # [H, P]
             sequence.measure(layer, at, mass.cpu().numpy())
+    if recall:
+        _credit(sequence, layer, rows, lse, scale, softcap)
     return _with_sinks(out.view(q_heads, n, -1), lse.view(q_heads, n), sinks)
+
+
+def _credit(
+    sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: float, softcap: float | None
+) -> None:
+    """The largest attention weight of any row to each sealed slot: rows [H, M, k_dim], lse [H, M]."""
+    assert sequence.recalled is not None
+    used, pos = sequence.slots(layer)
+    for h, credit in enumerate(sequence.recalled[layer]):
+        scores = (rows[h].float() @ sequence.keys(layer, h).T).mul_(scale)
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        most = scores.sub_(lse[h][:, None]).amax(0).exp_().cpu().numpy()
+        at, here = pos[h].ravel(), used[h].ravel()
+        credit[at[here]] = np.maximum(credit[at[here]], most[here])
 
 
 def _on_device(batch: PageBatch, columns: np.ndarray, device: torch.device, staging: int):

@@ -24,6 +24,7 @@ from adaptivekv.memory.formats import FORMATS, parse_bytes
 from adaptivekv.memory.pages import PagePool, too_small
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.plan import Plan
+from adaptivekv.recall import Recalling
 from adaptivekv.selector import Selector
 
 
@@ -69,6 +70,7 @@ class AdaptiveCache(Cache):
         self.requests: list[Request] = []
         self.seen = 0  # tokens seen a row, pads included
         self.frozen = False
+        self.recalling = False  # the frozen step under way is a second reading (`adaptivekv.recall`)
         self.reading: bool | None = None  # whether what comes is prompt; None: several tokens at once are
         self._expected: tuple[int, int] | None = None  # prompt and new tokens, when the caller has said
         self._valid: list[Tensor | slice] = []  # of the step under way: which tokens of a row are real
@@ -226,10 +228,10 @@ class AdaptiveCache(Cache):
                 continue
             sequence.scaling = scale
             q, k, v = query[b][:, valid], staged.key[b][:, valid], staged.value[b][:, valid]
-            stats = self.controller.wants_mass(request)
-            out[b][:, valid] = attend_sequence(sequence, staged.layer, q, k, v, scale, softcap, sinks, stats).to(
-                out.dtype
-            )
+            stats = not self.recalling and self.controller.wants_mass(request)
+            out[b][:, valid] = attend_sequence(
+                sequence, staged.layer, q, k, v, scale, softcap, sinks, stats, self.recalling
+            ).to(out.dtype)
             if not self.frozen:
                 if sequence.window:
                     sequence.observe(staged.layer, q)
@@ -344,7 +346,9 @@ class AdaptiveCache(Cache):
             facts = {"distinct_share": len(set(input_ids[0].tolist())) / max(1, prompt)}
             self.expect(prompt, max(1, config.max_length - prompt), facts | self._facts)
         config.prefill_chunk_size = self.chunk
-        runner = model if refused(self) else GraphDecoder(model, self)
+        runner: Any = model if refused(self) else GraphDecoder(model, self)
+        if self.controller.recalls:
+            runner = Recalling(runner, self, input_ids, kwargs.get("attention_mask"))
         return type(model)._sample(runner, input_ids, **kwargs)
 
 

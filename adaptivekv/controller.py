@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaptivekv.errors import BudgetError
+from adaptivekv.errors import AdaptiveKVError, BudgetError
 from adaptivekv.features import schema
 from adaptivekv.features.attention import attention_features
 from adaptivekv.features.request import logit_features, request_features
@@ -114,6 +114,11 @@ class Controller:
         """Queries the observation ring must hold until the prompt has ended."""
         return max(plan.window for plan in self.possible)
 
+    @property
+    def recalls(self) -> bool:
+        """Whether a plan needs the prompt to be read a second time (`adaptivekv.recall`)."""
+        return any("recall" in plan.needs for plan in self.possible)
+
     # -- moments -----------------------------------------------------------------------------------------------------
 
     def admit(self, request: Request) -> None:
@@ -130,6 +135,11 @@ class Controller:
         """The prompt has ended: decide with attention features, apply, bring back what fits on the device."""
         request.prefilling = False
         request.plan = self._decide(request, "prefill")
+        if "recall" in request.plan.needs and request.sequence.recalled is None:
+            raise AdaptiveKVError(
+                f"plan {request.plan}: the prompt must be read a second time before the first new token; use generate "
+                "with **cache.generate_kwargs, or call adaptivekv.recall.recall(model, cache, ids)"
+            )
         self._apply(request)
         if not self.watch:
             request.sequence.drop_ring()

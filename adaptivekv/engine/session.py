@@ -22,6 +22,7 @@ from adaptivekv.memory import store
 from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
+from adaptivekv.recall import recall
 from adaptivekv.selector import Selector
 
 Message = dict[str, str]
@@ -178,6 +179,8 @@ class Session:
         for start in range(common, len(ids), step):
             logits = self._forward(ids[start : start + step])
         self.cache.reading = False
+        if self.cache.controller.recalls:
+            recall(self.loaded.model, self.cache, torch.tensor([ids], device=self.loaded.device), start=common)
         assert logits is not None
         return logits
 

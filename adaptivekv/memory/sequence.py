@@ -54,6 +54,7 @@ class Sequence:
         self.ids = [np.full((s.heads, 0), -1, np.int32) for s in pool.layers]
         self.mass = [np.full((s.heads, 0), np.nan, np.float32) for s in pool.layers]
         self.protected: list[tuple[int, int]] = []  # spans of positions no eviction may take
+        self.recalled: list[np.ndarray] | None = None  # a layer [H, position]: attention paid by a second reading
         self.scaling = 1.0  # of attention scores, as the model says at its first step
         self.retrieve: Picker | None = None  # which pages a decode step reads (None: all)
         self._batches: list[list[tuple[PageBatch, np.ndarray]] | None] = [None] * len(pool.layers)

@@ -5,6 +5,7 @@ from adaptivekv.policies.eviction.expected import Expected
 from adaptivekv.policies.eviction.h2o import H2O
 from adaptivekv.policies.eviction.keydiff import KeyDiff
 from adaptivekv.policies.eviction.knorm import KNorm
+from adaptivekv.policies.eviction.kvzip import KVzip
 from adaptivekv.policies.eviction.morph import Morph
 from adaptivekv.policies.eviction.nacl import NACL
 from adaptivekv.policies.eviction.snapkv import SnapKV
@@ -17,7 +18,7 @@ from adaptivekv.policies.retrieval.retrieve import Retrieve
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
-        Streaming, SnapKV, H2O, KNorm, KeyDiff, TOVA, Expected, Morph, NACL,
+        Streaming, SnapKV, H2O, KNorm, KeyDiff, TOVA, Expected, Morph, NACL, KVzip,
         Int8, Int4, K4V2, Int2, Offload, Retrieve,
     )
 }  # fmt: skip

@@ -29,6 +29,7 @@ from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
+from adaptivekv.recall import recall
 
 Budget = str | float | int | None
 
@@ -119,6 +120,8 @@ def reference(
     cache.expect(len(ids) + len(question), new, facts)
     start = time.perf_counter()
     last = _feed(loaded, cache, ids, 0)
+    if watch.recalls:
+        recall(model, cache, torch.tensor([ids], device=loaded.device))
     made = Reference(loaded, cache, last, ids, question, new, [], last[None], time.perf_counter() - start)
     run = _Run(made, Controller(Plan()), None)
     stops = stop_tokens(loaded) if stop else set()
@@ -151,6 +154,22 @@ def replay(
             out.text = _answer(reference, controller, state, budget, min(text, reference.new), out.flip_rate)
     out.seconds = time.perf_counter() - start
     return out
+
+
+@torch.inference_mode()
+def answer(reference: Reference, plan: str | Plan) -> tuple[list[int], int]:
+    """The plan's own greedy answer, up to `new` tokens, and the slots it held at its start, over all layers and heads.
+
+    Only the answer: no losses, so half the steps of a `replay` with text.
+    """
+    run = _Run(reference, Controller(Plan.parse(plan)), None)
+    try:
+        sequence = run.request.sequence
+        pages = sum(int(sequence.slots(layer)[0].sum()) for layer in range(len(sequence.ids)))
+        held = pages + sequence.tail_len * sum(len(ids) for ids in sequence.ids)
+        return run.generate(reference.new, stop_tokens(reference.loaded))[0], held
+    finally:
+        run.free()
 
 
 def _answer(reference: Reference, controller: Controller, state: Any, budget: Budget, limit: int, flips: float) -> str:
@@ -280,6 +299,7 @@ def copy_sequence(source: Sequence, target: Sequence) -> None:
     target.length, target.tail_len, target.tail_pos = source.length, source.tail_len, source.tail_pos.copy()
     target.ring_fill = min(target.window, source.ring_fill)
     target.protected, target.scaling = list(source.protected), source.scaling
+    target.recalled = source.recalled and [credit.copy() for credit in source.recalled]
     target.touch()
 
 

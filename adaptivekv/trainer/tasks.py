@@ -281,8 +281,25 @@ def fwe(desk: _Desk) -> Task:
     return desk.fit(build, desk.tokens)
 
 
+def qa(desk: _Desk) -> Task:
+    """Question answering: one of six short notes on people answers a question; its words differ from the note's."""
+    people = desk.rng.sample(_PEOPLE, 6)
+    jobs, places = desk.rng.sample(_JOBS, 6), desk.rng.sample(_PLACES, 6)
+    notes = [
+        f"{name} was born in {place}, the child of a fisherman, and earned a living as a {job}."
+        for name, job, place in zip(people, jobs, places, strict=True)
+    ]
+    kind, answer = desk.rng.choice([("profession", jobs[0]), ("birthplace", places[0])])
+    intro = "Read the following text. It mentions some people; you will be asked about one of them."
+    return desk.hide(notes, intro, f"What is the {kind} of {people[0]}? Answer with one word.", [answer])
+
+
+_PEOPLE = [f"{a} {b}" for a in ("Edith", "Ruben", "Clara", "Otto") for b in ("Vance", "Moreno", "Lindqvist", "Okafor")]
+_JOBS = ["baker", "weaver", "printer", "tailor", "carpenter", "potter", "glazier", "cobbler", "saddler", "dyer"]
+_PLACES = ["Genoa", "Bergen", "Cadiz", "Tallinn", "Havana", "Dublin", "Antwerp", "Naples", "Calcutta", "Boston"]
+
 TASKS: dict[str, Callable[[_Desk], Task]] = {
     make_one.__name__: make_one
-    for make_one in (niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt, cwe, fwe)
+    for make_one in (niah_single, niah_multikey, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa)
 }
 """By name; `make` calls them."""

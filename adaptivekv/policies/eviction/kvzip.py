@@ -1,0 +1,41 @@
+"""KVzip (arXiv 2505.23416): keep what the model needs to repeat its prompt, whatever will be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies.eviction.base import Eviction
+
+
+@dataclass(frozen=True)
+class KVzip(Eviction):
+    """A slot is worth the most attention that any token pays it while the prompt is repeated (`adaptivekv.recall`).
+
+    Heads share their layer's budget by default, as in the paper. The only score here that knows no question, and the
+    only one that costs a second reading of the prompt.
+
+    Differs from the paper: budgets are shared among the heads of a layer, not over all layers; attention is measured
+    against the whole cache, not against the repeated chunk alone; the repetition is not asked for in words (asking
+    changed nothing, docs/methods.md), so that a cache, which has no tokenizer, can do it.
+    """
+
+    heads: str = "adaptive"
+
+    name: ClassVar[str] = "kvzip"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.23416"
+    needs: ClassVar[frozenset[str]] = frozenset({"recall"})
+
+    def apply(self, sequence: Sequence) -> None:
+        if sequence.recalled is not None:  # while a prompt is still being read nothing can be said
+            super().apply(sequence)
+
+    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+        assert sequence.recalled is not None
+        credit, (_, pos) = sequence.recalled[layer], sequence.slots(layer)
+        known = pos < credit.shape[1]
+        heads = np.arange(len(credit))[:, None, None]
+        return np.where(known, credit[heads, np.where(known, pos, 0)], np.inf)  # what came later is kept
