@@ -92,6 +92,29 @@ def test_models_and_health(server: Server) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "smollm2"}
 
 
+def test_metrics_count_what_was_served(server: Server) -> None:
+    def counts() -> dict[str, float]:
+        answer = httpx.get(f"{server.url}/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        lines = [line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    whole, plan = server.ask(max_tokens=3), 'adaptivekv_plans_total{plan="%s"}'
+    before = counts()
+    with pytest.raises(openai.BadRequestError):
+        server.ask(messages=[])
+    for event in server.ask(max_tokens=3, stream=True):
+        assert event.choices
+    after = counts()
+    assert (
+        after['adaptivekv_requests_total{status="length"}'] == before['adaptivekv_requests_total{status="length"}'] + 1
+    )
+    assert after['adaptivekv_tokens_total{kind="new"}'] == before['adaptivekv_tokens_total{kind="new"}'] + 3
+    assert after[plan % whole.kv["plan"]] >= 1 and after["adaptivekv_requests_running"] == 0
+    assert after["adaptivekv_first_token_seconds_count"] == after["adaptivekv_request_seconds_count"]
+    assert after["adaptivekv_kv_device_peak_bytes_sum"] > whole.kv["kv_bytes"]["device_peak"]
+
+
 def test_chat_and_its_stream_say_the_same(server: Server) -> None:
     whole = server.ask()
     assert "Paris" in text(whole) and whole.choices[0].finish_reason == "stop"

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from adaptivekv.cluster.api import Asked, ChatRequest, Fault, Job, TextRequest, invalid
+from adaptivekv.cluster.metrics import CONTENT_TYPE, Metrics
 from adaptivekv.cluster.replies import Event, Reply, model_card
 
 SESSION_HEADER = "x-session-id"
@@ -114,11 +115,15 @@ class Ingress:
 
     def __init__(self, worker: DeploymentHandle, model: str, api_key: str | None = None):
         self.worker, self.model, self.api_key = worker.options(stream=True), model, api_key
-        self.card = model_card(model, int(time.time()))
+        self.card, self.metrics = model_card(model, int(time.time())), Metrics()
 
     @app.get("/health")
     async def health(self) -> dict[str, str]:
         return {"status": "ok", "model": self.model}
+
+    @app.get("/metrics")
+    async def counts(self) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models", dependencies=KEY)
     async def models(self) -> dict[str, Any]:
@@ -147,7 +152,7 @@ class Ingress:
         assert isinstance(body, ChatRequest | TextRequest)
         job = body.to_job(f"{prefix}-{uuid.uuid4().hex}", request.headers.get(SESSION_HEADER) or None)
         reply = Reply(job.id, self.model, isinstance(body, ChatRequest), body.usage_wanted)
-        events = self._events(job)
+        events = self.metrics.watch(self._events(job))
         first = await anext(events)
         if body.stream and "error" not in first:
             stream = reply.stream(first, events)

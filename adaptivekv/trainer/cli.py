@@ -1,4 +1,4 @@
-"""The learning verbs: collect, train, promote, compare."""
+"""The learning verbs: collect, train, certify, ope, promote, compare."""
 
 from __future__ import annotations
 
@@ -58,6 +58,84 @@ def train(
     with err.status("train"):
         result = run(sources or None, seed, str(out_dir), tracking_uri, experiment)
     out(result) if json_ else show_facts("train", result)
+
+
+@app.command()
+def certify(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="collect runs or folders; default: the latest run")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="a folder, a run id, or champion")] = "champion",
+    alpha: Annotated[float, typer.Option(help="share of requests that may break their SLO")] = 0.05,
+    delta: Annotated[float, typer.Option(help="chance that the certificate is wrong")] = 0.05,
+    group: Annotated[str | None, typer.Option(help="scenario or length: certify each group")] = None,
+    leave_out: Annotated[
+        bool, typer.Option("--leave-out", help="report each scenario under the margin of the others")
+    ] = False,
+    seen: Annotated[list[str] | None, typer.Option(help="the policy's training data, if not in the sources")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="the certified copy")] = Path("certified"),
+    tracking_uri: Tracking = None,
+    experiment: str = "adaptivekv",
+    json_: Json = False,
+) -> None:
+    """Certify a policy's margin on fresh requests, so that few break their SLO."""
+    from adaptivekv.trainer.certify import certify as run
+
+    with bar(json_) as progress:
+        job = progress.add_task("certify", total=None)
+        result = run(
+            sources or None, policy, alpha, delta, group, leave_out, seen, out_dir, tracking_uri, experiment,
+            progress=lambda done, total: progress.update(job, completed=done, total=total),
+        )  # fmt: skip
+    if json_:
+        out(result)
+        return
+    made = result["certificate"]
+    facts = {key: result[key] for key in ("run_id", "policy", "plot", "margin")}
+    names = ("alpha", "delta", "n", "documents", "violations", "bound", "cost", "charged", "training", "earlier_tries")
+    show_facts("certify", facts | {name: made[name] for name in names})
+    table = Table("group", "n", "violations", "rate", "bound", title="violations of the SLO broken most")
+    parts = [*made["groups"].items(), ("certified", made.get("certified_groups")), ("left out", made.get("leave_out"))]
+    for kind, groups in parts:
+        for name, row in (groups or {}).items():
+            rate, bound = (f"{row[key]:.4f}" if key in row else "-" for key in ("rate", "bound"))
+            table.add_row(f"{kind}: {name}", str(row["n"]), str(row.get("violations", "-")), rate, bound)
+    Console().print(table)
+
+
+@app.command()
+def ope(
+    sources: Annotated[list[str], typer.Argument(help="folders of logged requests, or runs that hold them")],
+    policy: Annotated[str, typer.Option(help="rules, champion, a folder or a run id")] = "champion",
+    epsilon: Annotated[float, typer.Option(help="the policy's chance of exploring")] = 0.0,
+    split: Annotated[str | None, typer.Option(help="only requests of this split")] = None,
+    resamples: Annotated[int, typer.Option(help="of the bootstrap")] = 1000,
+    seed: Seed = 0,
+    tracking_uri: Tracking = None,
+    json_: Json = False,
+) -> None:
+    """Estimate from logged decisions what another policy would have cost."""
+    from adaptivekv.trainer.ope import ope as run
+
+    with bar(json_) as progress:
+        job = progress.add_task("ope", total=None)
+        result = run(
+            sources, policy, epsilon, split, resamples, seed, tracking_uri,
+            progress=lambda done, total: progress.update(job, completed=done, total=total),
+        )  # fmt: skip
+    if json_:
+        out(result)
+        return
+    show_facts("ope", {key: value for key, value in result.items() if not isinstance(value, dict)})
+    ways = ("dm", "ips", "snips", "dr")
+    table = Table("outcome", "logged", *ways, title="estimate [95 % interval]")
+    for name, found in result.items():
+        if isinstance(found, dict) and "refused" in found:
+            table.add_row(name, found["refused"], *[""] * len(ways))
+        elif isinstance(found, dict):
+            cells = ("{:.4g} [{:.4g}, {:.4g}]".format(found[way]["estimate"], *found[way]["interval"]) for way in ways)
+            table.add_row(f"{name}, {found['unit']}", f"{found['logged']:.4g}", *cells)
+    Console().print(table)
 
 
 @app.command()

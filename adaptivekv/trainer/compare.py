@@ -9,7 +9,7 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.trainer import registry, tracking
 from adaptivekv.trainer.scoring import ALPHA, QUALITIES
 
-KINDS = ("collect", "train")
+KINDS = ("collect", "train", "certify")
 
 
 def compare(
@@ -21,10 +21,10 @@ def compare(
 ) -> dict[str, Any]:
     """{"rows": [{run_id, name, kind, created, champion, metrics}], "plot": path or None, "run_id": of the compare run}.
 
-    Rows are finished runs of a kind ("train", "collect" or "all"), oldest first.
+    Rows are finished runs of a kind ("train", "collect", "certify" or "all"), oldest first.
     """
     if kind not in (*KINDS, "all"):
-        raise AdaptiveKVError(f"compare: kind {kind!r} is not train, collect or all")
+        raise AdaptiveKVError(f"compare: kind {kind!r} is not train, collect, certify or all")
     mlflow = tracking.client(tracking_uri)
     champion = champion_run(mlflow, name)
     runs = [(k, run) for k in KINDS if kind in (k, "all") for run in tracking.runs(mlflow, k, experiment)]

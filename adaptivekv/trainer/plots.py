@@ -1,6 +1,7 @@
 """The pictures of a training run. Figures only, no pyplot: nothing global, no display."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,5 +76,22 @@ def decisions(requests: list[Request], choose: Choice, path: Path) -> Path:
     axes.set_xticks(range(len(QUALITIES)), [str(q) for q in QUALITIES])
     axes.set_yticks(range(len(scenarios)), scenarios)
     made.colorbar(shade, label="cost / full cache")
+    made.savefig(path, dpi=110)
+    return path
+
+
+def certificate(
+    grid: Sequence[float], bound: np.ndarray, charged: np.ndarray, alpha: float, margin: float, path: Path
+) -> Path:
+    """The violation bound of the worst SLO and the charged cost (of the full cache) against the margin, [L] each."""
+    made, axes = figure("Certification", "margin, log10 nats (conservative to liberal)", "violation rate, upper bound")
+    axes.plot(grid, bound, marker=".", color="tab:red", label="bound")
+    axes.axhline(alpha, color="0.6", linewidth=0.8, label=f"alpha {alpha:g}")
+    axes.axvline(margin, color="0.6", linestyle="--", linewidth=0.8, label=f"certified {margin:g}")
+    axes.set(ylim=(0, None), xlim=(max(grid) + 0.1, min(grid) - 0.1))
+    right = axes.twinx()
+    right.plot(grid, charged, color="tab:green", label="charged cost")
+    right.set(ylabel="charged cost / full cache", ylim=(0, None))
+    made.legend(loc="outside lower center", ncols=4, fontsize=8)
     made.savefig(path, dpi=110)
     return path

@@ -10,7 +10,7 @@ from typing import Any
 from adaptivekv.errors import AdaptiveKVError
 
 EXPERIMENT = "adaptivekv"
-KIND = "adaptivekv.kind"  # tag of a run: collect, train or compare
+KIND = "adaptivekv.kind"  # tag of a run: collect, train, certify or compare
 
 
 def uri(tracking_uri: str | None = None) -> str:
