@@ -203,9 +203,7 @@ def attend_sequence(
     return _with_sinks(out.view(q_heads, n, -1), lse.view(q_heads, n), sinks)
 
 
-def _credit(
-    sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: float, softcap: float | None
-) -> None:
+def _credit(sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
     """The largest attention weight of any row to each sealed slot: rows [H, M, k_dim], lse [H, M]."""
     assert sequence.recalled is not None
     used, pos = sequence.slots(layer)

@@ -200,9 +200,11 @@ def serve(
 
 @app.command()
 def plans(json_: Json = False) -> None:
-    """The stages, with their papers and properties."""
+    """The stages and the named plans made of them, with their papers and properties."""
+    from adaptivekv.plan import Plan
     from adaptivekv.policies import STAGES
     from adaptivekv.policies.base import parameters
+    from adaptivekv.policies.named import NAMED
 
     rows: list[dict[str, Any]] = [
         {
@@ -210,15 +212,24 @@ def plans(json_: Json = False) -> None:
             "undoable": s.undoable, "bytes": s.formula, "parameters": parameters(s),
         }
         for s in STAGES.values()
+    ] + [
+        {
+            "name": name, "direction": "combination", "paper": named.paper, "needs": sorted(plan.needs),
+            "lossy": plan.lossy, "undoable": all(s.undoable for s in plan.stages), "bytes": f"of {named.plan}",
+            "parameters": {},
+        }
+        for name, named in NAMED.items() for plan in [Plan.parse(name)]
     ]  # fmt: skip
     if json_:
         out(rows)
         return
-    table = Table(*rows[0].keys())
+    table = Table("stage or plan", "paper", "needs", "lossy", "undoable", "bytes", box=None, pad_edge=False)
     for row in rows:
-        row |= {"paper": row["paper"].removeprefix("https://arxiv.org/abs/"), "needs": ", ".join(row["needs"])}
-        row["parameters"] = ", ".join(k if v is None else f"{k}={v}" for k, v in row["parameters"].items())
-        table.add_row(*(str(v) for v in row.values()))
+        given = ", ".join(k if v is None else f"{k}={v}" for k, v in row["parameters"].items())
+        name = f"[bold]{row['name']}[/] {row['direction']}" + (f"\n[dim]{given}[/]" if given else "")
+        paper = row["paper"].removeprefix("https://arxiv.org/abs/").removeprefix("https://")
+        marks = ["yes" if row[key] else "no" for key in ("lossy", "undoable")]
+        table.add_row(name, paper, ", ".join(row["needs"]), *marks, row["bytes"])
     Console().print(table)
 
 

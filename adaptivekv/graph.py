@@ -6,6 +6,7 @@ at fixed addresses (`memory/tables.py`), so pages are sealed, converted, moved a
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from adaptivekv.attention import decode_step
 from adaptivekv.kernels import triton_module, triton_works
 from adaptivekv.layers import AdaptiveLayer
+from adaptivekv.memory.formats import WITH_KERNEL
 from adaptivekv.memory.tables import PAIRS, StepTables, columns_for
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ def refused(cache: AdaptiveCache) -> str | None:
         return "layers of different shapes"
     if shape.q_heads // shape.heads > 16:
         return "more than 16 query heads per KV head"
+    for plan in cache.controller.possible:
+        quantize = plan.stage("quantize")
+        if quantize and not all(fmt.kernel for fmt in quantize.formats):
+            return f"{quantize.name}: its pages have no Triton kernel"
     return None
 
 
@@ -53,6 +59,8 @@ class GraphDecoder:
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.tokens = self.positions = torch.zeros(0, 1, dtype=torch.int64, device=cache.device)
         self.length: list[int] = []  # of each row, as `positions` has it
+        # a pool (weakly: it may be cleared away), its clock, and whether the kernel knew its pages then
+        self.checked: tuple[Any, int, bool] = (lambda: None), 0, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
@@ -73,8 +81,17 @@ class GraphDecoder:
         return (
             bool(requests)
             and not self.cache.frozen
+            and self._known()
             and all(r.generated >= EAGER and not r.prefilling and not r.sequence.ring for r in requests)
         )
+
+    def _known(self) -> bool:
+        """Whether the kernel knows the formats of all pages: a saved cache may bring others than the plan's."""
+        pool = self.cache.pool
+        assert pool is not None
+        if (self.checked[0](), self.checked[1]) != (pool, pool.clock):
+            self.checked = weakref.ref(pool), pool.clock, bool((pool.code[pool.ref > 0] < len(WITH_KERNEL)).all())
+        return self.checked[2]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.policies import KINDS, STAGES, Stage
+from adaptivekv.policies.named import NAMED
 
 _STAGE = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*\Z")
 
@@ -33,9 +34,14 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str | Plan) -> Plan:
-        """Read a plan. Raises AdaptiveKVError naming the position (counted from 1) and the nearest valid name."""
+        """Read a plan, or the name of one (`policies/named.py`).
+
+        Raises AdaptiveKVError naming the position (counted from 1) and the nearest valid name.
+        """
         if isinstance(text, Plan):
             return text
+        if text.strip() in NAMED:
+            text = NAMED[text.strip()].plan
         if text.strip() == "full":
             return cls()
         stages, at = [], 0
@@ -103,24 +109,24 @@ class Plan:
         if evict:
             sealed = min(sealed, max(0, round(evict.keep * tokens) - tail))
         pages = -(-sealed // PAGE)
-        if evict and (evict.heads, evict.layers) != ("uniform", "uniform"):  # every head ends in a page of its own
+        ragged = bool(evict) and (evict.heads, evict.layers) != ("uniform", "uniform")
+        if ragged:  # every head ends in a page of its own
             pages = min(pages + 1, (tokens - tail) // PAGE)
         # pages of the newest and the first tokens stay native; after eviction the newest ones are still contiguous
         keep_native = 0
         if quantize:
-            recent = -(-max(0, quantize.window - tail) // PAGE) if sealed else 0
+            recent = -(-max(0, quantize.window - tail) // PAGE) + ragged if sealed else 0
             keep_native = min(pages, recent + (1 if quantize.sinks else 0))
         device = host = bounds = 0
         for shape, alike in Counter(layers).items():
-            kind = quantize.format if quantize else native
-            page = [f.bytes(shape.k_dim, shape.v_dim, dtype) * shape.heads * alike for f in (native, kind)]
-            columns = [page[0]] * keep_native + [page[1]] * (pages - keep_native)
-            stays = sum(columns)
-            if offload:
-                columns = [column // alike for column in columns]  # the share holds layer by layer
-                kept = [total for total in accumulate(columns) if total <= offload.device * sum(columns)]
-                stays, columns = (kept[-1] if kept else 0) * alike, [column * alike for column in columns]
-            device, host = device + stays, host + sum(columns) - stays
+            page, settled = native.bytes(shape.k_dim, shape.v_dim, dtype) * shape.heads, pages - keep_native
+            packed = quantize.columns(shape, alike, dtype, settled) if quantize else [(alike, [page] * settled)]
+            for count, columns in packed:  # the share on the device holds layer by layer
+                columns = [page] * keep_native + columns
+                stays = total = sum(columns)
+                if offload:
+                    stays = max((part for part in accumulate(columns) if part <= offload.device * total), default=0)
+                device, host = device + stays * count, host + (total - stays) * count
             if retrieve:
                 bounds += -(-2 * shape.k_dim * dtype.itemsize // UNIT) * UNIT * pages * shape.heads * alike
         return {
@@ -136,7 +142,7 @@ def _stage(part: str, where: str) -> Stage:
         raise AdaptiveKVError(f"{where}: {part.strip()!r} is not a stage; write name or name(share, option=value)")
     name, args = match.groups()
     if name not in STAGES:
-        raise AdaptiveKVError(f"{where}: unknown stage {name!r}{_nearest(name, [*STAGES, 'full'])}")
+        raise AdaptiveKVError(f"{where}: unknown stage {name!r}{_nearest(name, [*STAGES, 'full', *NAMED])}")
     kind = STAGES[name]
     fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}

@@ -110,5 +110,8 @@ def test_bad_input_is_one_line(tmp_path, args, says):
 def test_plans_and_doctor_speak_json():
     rows = json.loads(cli("plans", "--json").stdout)
     assert {"name", "direction", "paper", "needs", "lossy", "undoable", "bytes", "parameters"} <= set(rows[0])
+    assert {row["direction"] for row in rows} == {"evict", "quantize", "offload", "retrieve", "combination"}
+    table = cli("plans").stdout
+    assert all(row["name"] in table for row in rows) and "2505.23416" in table
     facts = json.loads(cli("doctor", "--json").stdout)
     assert facts["versions"]["torch"] and isinstance(facts["problems"], list)

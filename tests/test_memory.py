@@ -89,7 +89,7 @@ class Memory(RuleBasedStateMachine):
                 self.lossless[id(sequence)] = content(sequence)
 
     @precondition(lambda self: any(s.length for s in self.pool.sequences))
-    @rule(data=st.data(), name=st.sampled_from(["int8", "int4r", "k4v2r", "int2"]), share=st.floats(0, 1))
+    @rule(data=st.data(), name=st.sampled_from(["int8", "fp8", "int4r", "k4v2r", "int2"]), share=st.floats(0, 1))
     def convert(self, data, name, share):
         sequence = data.draw(st.sampled_from(self.pool.sequences))
         self.lossless.pop(id(sequence), None)
@@ -259,7 +259,7 @@ def test_a_sequence_without_room_to_seal_keeps_its_tail():
     p.check_integrity()
 
 
-@pytest.mark.parametrize("name", ["native", "int8", "int4r", "k4v2r", "int2"])
+@pytest.mark.parametrize("name", ["native", "int8", "fp8", "int4r", "k4v2r", "int2"])
 def test_a_full_arena_still_converts_and_evicts(name):
     """Without any room beside the pages, changes go wave by wave, and in whatever order positions interleave."""
     p = pool(device_bytes=260_000)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from adaptivekv import AdaptiveKVError, Plan
 from adaptivekv.features import schema
 from adaptivekv.policies import KINDS, STAGES
+from adaptivekv.policies.named import NAMED
 
 share = st.floats(0.001, 1).map(lambda x: round(x, 4))
 stage_text = {
@@ -67,7 +68,16 @@ def test_errors_name_place_and_fix(text, parts):
         assert part in str(error.value)
 
 
+def test_named_plans_are_their_stages():
+    for name, named in NAMED.items():
+        plan = Plan.parse(name)
+        assert plan == Plan.parse(named.plan) and str(plan) == named.plan and name not in STAGES
+        assert named.paper.startswith("https://") and named.note
+    with pytest.raises(AdaptiveKVError, match="did you mean 'rocketkv'"):
+        Plan.parse("roketkv")
+
+
 def test_every_stage_declares_itself():
     for stage in STAGES.values():
         assert stage.kind in KINDS and stage.paper.startswith("https://") and stage.formula
-        assert stage.__doc__ and stage.needs <= {"queries", "mass"}
+        assert stage.__doc__ and stage.needs <= {"queries", "mass", "recall"}

@@ -5,11 +5,13 @@ from torch import Tensor
 
 from adaptivekv.kernels.attend import PageBatch, attend_dense, attend_pages, merge
 from adaptivekv.kernels.codec import CODECS, PAGE, UNIT, Codec
-from adaptivekv.kernels.dispatch import triton_module, triton_works
+from adaptivekv.kernels.decoded import DECODED
+from adaptivekv.kernels.dispatch import has_kernel, triton_module, triton_works
 from adaptivekv.kernels.hadamard import hadamard
 
 __all__ = [
     "CODECS",
+    "DECODED",
     "PAGE",
     "UNIT",
     "Codec",
@@ -33,13 +35,13 @@ def page_attention(
     stats: bool = False,
     block_pages: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`attend_pages` by the fastest means at hand: Triton on a GPU, else torch.
+    """`attend_pages` by the fastest means at hand: Triton on a GPU where it knows the codecs, else torch.
 
     Arguments and results are those of `attend_pages`. Setting the environment variable ADAPTIVEKV_TRITON=0 before the
     first call keeps to torch, and so does a missing Triton.
     """
-    whole = all(c.native or d * c.bits % 16 == 0 for c, d in ((batch.k, batch.k_dim), (batch.v, batch.v_dim)))
-    if q.is_cuda and batch.count.numel() and whole and triton_works():
+    fast = has_kernel((batch.k, batch.k_dim), (batch.v, batch.v_dim))
+    if q.is_cuda and batch.count.numel() and fast and triton_works():
         if q.shape[1] <= 16:
             return triton_module("decode").attend_pages_triton(q, batch, scale, softcap, stats)
         return triton_module("prefill").prefill_pages_triton(q, batch, scale, softcap, stats)

@@ -9,9 +9,12 @@ and probabilities instead of touching every element.
     int8: byte j of a slot is dim j
     int4: byte j holds dim j in its low nibble and dim j + dim/2 in its high nibble
     int2: byte j holds dims j, j + dim/4, j + dim/2, j + 3*dim/4, from the low bits to the high
+
+These are the codecs of the Triton kernels. Those of `decoded.py` are for plain torch alone.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,19 +27,23 @@ PAGE = 64
 UNIT = 256
 """Bytes; the length and the offset of every page part are multiples of it."""
 
-_HALF_MAX = 65504.0  # the largest finite float16
+HALF_MAX = 65504.0
+"""The largest finite float16."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One way to store a page part. Use the instances in `CODECS`.
+    """One way to store a page part. Use the instances in `CODECS` (and `DECODED`).
 
     name: "native", "int8", "int4" or "int2".
     bits: bits per element; 16 stands for "the model's own dtype" whatever its size.
+    kernel: the Triton kernels read and write it; a codec without one is decoded and encoded by torch on any device.
     """
 
     name: str
     bits: int
+
+    kernel: ClassVar[bool] = True
 
     @property
     def native(self) -> bool:
@@ -62,16 +69,23 @@ class Codec:
         size = self.payload_bytes(dim, dtype) + (0 if self.native else 2 * PAGE * 2)
         return -(-size // UNIT) * UNIT
 
-    def encode(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def fields(self, dim: int, dtype: torch.dtype) -> list[tuple[int, int]] | None:
+        """Where the bytes of the slots lie: runs of 64 equal pieces, as (offset of the run, bytes a slot).
+
+        None where slots share scales: such a slot cannot move to another part without being quantised again.
+        """
+        end = self.payload_bytes(dim, dtype)
+        return [(0, end // PAGE)] + ([] if self.native else [(end, 2), (end + 2 * PAGE, 2)])
+
+    def encode(self, x: Tensor, dtype: torch.dtype | None = None, count: Tensor | None = None) -> Tensor:
         """Encode parts.
 
-        x: [n, 64, dim], any float dtype; dtype: the native storage dtype, by default x's own.
+        x: [n, 64, dim], any float dtype; dtype: the native storage dtype, by default x's own; count: int [n], used
+        slots of each part (None: all), which matter to codecs whose slots share scales.
         Returns uint8 [n, part_bytes]; equal inputs give equal bytes, padding included.
         Raises AdaptiveKVError for a shape that is not [n, 64, dim] or a `dim` that does not pack.
         """
-        if x.dim() != 3 or x.shape[1] != PAGE:
-            raise AdaptiveKVError(f"a page part is [n, {PAGE}, dim], got {list(x.shape)}")
-        n, _, dim = x.shape
+        n, dim = part_shape(x)
         dtype = dtype or x.dtype
         out = x.new_zeros(n, self.part_bytes(dim, dtype), dtype=torch.uint8)
         end = self.payload_bytes(dim, dtype)
@@ -79,13 +93,8 @@ class Codec:
             out[:, :end] = x.to(dtype).reshape(n, PAGE * dim).view(torch.uint8)
             return out
         low, high = x.float().aminmax(dim=-1, keepdim=True)  # [n, 64, 1]
-        scale = ((high - low) / self._top).clamp_(max=_HALF_MAX).half()
-        zero = low.clamp(-_HALF_MAX, _HALF_MAX).half()
-        # Levels are taken against the rounded pair, the one that decoding sees. A scale of 0 (a constant row, or a
-        # range below float16) gives level 0, and the row decodes to its zero.
-        step = scale.float()
-        levels = (x.float() - zero.float()).div_(step.masked_fill(step == 0, torch.inf)).round_().clamp_(0, self._top)
-        out[:, :end] = self._pack(levels.to(torch.uint8)).reshape(n, end)
+        levels, scale, zero = self._quantize(x.float(), low, high)
+        out[:, :end] = self._pack(levels).reshape(n, end)
         out[:, end : end + 2 * PAGE] = scale.reshape(n, PAGE).view(torch.uint8)
         out[:, end + 2 * PAGE : end + 4 * PAGE] = zero.reshape(n, PAGE).view(torch.uint8)
         return out
@@ -119,6 +128,16 @@ class Codec:
     def _top(self) -> int:
         return (1 << self.bits) - 1
 
+    def _quantize(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels (uint8, like x), scales and zeros (float16, like `low` and `high`) for values in [low, high]."""
+        scale = ((high - low) / self._top).clamp_(max=HALF_MAX).half()
+        zero = low.clamp(-HALF_MAX, HALF_MAX).half()
+        # Levels are taken against the rounded pair, the one that decoding sees. A scale of 0 (a constant row, or a
+        # range below float16) gives level 0, and the row decodes to its zero.
+        step = scale.float()
+        levels = (x - zero.float()).div_(step.masked_fill(step == 0, torch.inf)).round_().clamp_(0, self._top)
+        return levels.to(torch.uint8), scale, zero
+
     def _pack(self, levels: Tensor) -> Tensor:
         """uint8 levels [n, 64, dim] -> packed uint8 [n, 64, dim * bits / 8]."""
         parts = levels.chunk(8 // self.bits, dim=-1)
@@ -140,7 +159,14 @@ class Codec:
         return levels
 
 
+def part_shape(x: Tensor) -> tuple[int, int]:
+    """n and dim of parts [n, 64, dim]."""
+    if x.dim() != 3 or x.shape[1] != PAGE:
+        raise AdaptiveKVError(f"a page part is [n, {PAGE}, dim], got {list(x.shape)}")
+    return x.shape[0], x.shape[2]
+
+
 CODECS: dict[str, Codec] = {
     c.name: c for c in (Codec("native", 16), Codec("int8", 8), Codec("int4", 4), Codec("int2", 2))
 }
-"""Every codec by name."""
+"""Every codec of the Triton kernels by name."""

@@ -10,6 +10,8 @@ from typing import ParamSpec
 
 import torch
 
+from adaptivekv.kernels.codec import Codec
+
 P = ParamSpec("P")
 
 
@@ -32,8 +34,20 @@ def triton_module(name: str) -> ModuleType:
     return importlib.import_module(f"adaptivekv.kernels.{name}")
 
 
+def has_kernel(*parts: tuple[Codec, int]) -> bool:
+    """Whether the Triton attention kernels read parts of these codecs and head dimensions."""
+    return all(codec.kernel and (codec.native or dim * codec.bits % 16 == 0) for codec, dim in parts)
+
+
+def twin_runs(args: tuple[object, ...]) -> bool:
+    """Whether the Triton twin of a page operation takes these arguments: offsets on a GPU, codecs with a kernel."""
+    tables = args[2]  # where the offsets lie decides: kernels reach pinned host memory themselves
+    on_gpu = isinstance(tables, torch.Tensor) and tables.is_cuda
+    return on_gpu and all(x.kernel for x in args if isinstance(x, Codec)) and triton_works()
+
+
 def has_twin(module: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """A torch function whose Triton twin, of the same name and arguments in `module`, runs if an argument is on a GPU.
+    """A torch function whose Triton twin, of the same name and arguments in `module`, runs where `twin_runs`.
 
     The torch function itself, the reference, is the result's `__wrapped__`.
     """
@@ -41,9 +55,8 @@ def has_twin(module: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     def decorate(reference: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(reference)
         def call(*args: P.args, **kwargs: P.kwargs) -> None:
-            tables = args[2]  # where the offsets lie decides: kernels reach pinned host memory themselves
-            on_gpu = isinstance(tables, torch.Tensor) and tables.is_cuda and triton_works()
-            (getattr(triton_module(module), reference.__name__) if on_gpu else reference)(*args, **kwargs)
+            twin = twin_runs((*args, *kwargs.values()))
+            (getattr(triton_module(module), reference.__name__) if twin else reference)(*args, **kwargs)
 
         return call
 

@@ -2,7 +2,7 @@
 
 All take arenas (uint8) and byte offsets, and write in place: nothing decoded ever lies in memory. The functions
 of this file are plain torch, the CPU path and the reference; `pagekernels` holds the Triton twins that run in their
-place where the offsets lie on a GPU.
+place where the offsets lie on a GPU and the codecs have kernels.
 Parts that are read must not overlap parts that are written, unless they are the same bytes of a `copy_parts`.
 """
 
@@ -62,7 +62,7 @@ def recode(
         x = old.decode(fetch(src, src_off[cut], size), dim, dtype)
         # zeroed before they are rotated or measured: unused slots may hold anything, NaN included
         x[torch.arange(PAGE, device=x.device) >= count[cut, None].to(x.device)] = 0
-        store(dst, dst_off[cut], new.encode(hadamard(x) if rotate else x, dtype))
+        store(dst, dst_off[cut], new.encode(hadamard(x) if rotate else x, dtype, count[cut].to(x.device)))
 
 
 @has_twin("pagekernels")
@@ -80,13 +80,14 @@ def pack_slots(
 ) -> None:
     """Copy chosen slots of parts into fuller parts of the same codec: stored bytes move, nothing is quantised again.
 
+    Except where slots share scales (`Codec.fields` is None): those are decoded, and encoded with their new neighbours.
     src_off: int64 [n]; mask: int64 [n], bit s says that slot s is taken; start: int64 [n], the running number of a
     part's first taken slot. Slot number g lands in slot g % 64 of the part at dst_off[g // 64].
     dst_off: int64 [m]; count: int32 [m] used slots of the new parts, the others are written as zeros.
     """
-    size, end = codec.part_bytes(dim, dtype), codec.payload_bytes(dim, dtype)
-    width, step = end // PAGE, max(1, _CHUNK // size)
-    src_off, mask, start, dst_off = (table.to(dst.device) for table in (src_off, mask, start, dst_off))
+    size, fields = codec.part_bytes(dim, dtype), codec.fields(dim, dtype)
+    step = max(1, _CHUNK // (size if fields else PAGE * dim * 4))
+    src_off, mask, start, dst_off, count = (table.to(dst.device) for table in (src_off, mask, start, dst_off, count))
     taken = (mask[:, None] >> torch.arange(PAGE, device=mask.device)) & 1 > 0
     part, slot = taken.nonzero(as_tuple=True)
     number = start[part] + (taken.cumsum(1) - 1)[part, slot]
@@ -96,13 +97,28 @@ def pack_slots(
         n = min(step, len(dst_off) - i)
         first, last = torch.searchsorted(number, torch.tensor([i, i + n], device=number.device) * PAGE).tolist()
         from_, at, to = src_off[part[first:last]], slot[first:last], number[first:last] - i * PAGE
-        out = torch.zeros(n, size, dtype=torch.uint8, device=dst.device)
-        out[:, :end].view(n, PAGE, width)[to // PAGE, to % PAGE] = fetch(src, from_ + at * width, width).to(dst.device)
-        if not codec.native:
-            for pair in (end, end + 2 * PAGE):  # scales, then zeros
-                two = fetch(src, from_ + pair + at * 2, 2).to(dst.device)
-                out[:, pair : pair + 2 * PAGE].view(n, PAGE, 2)[to // PAGE, to % PAGE] = two
+        if fields is None:
+            x = _slots(src, from_, at, codec, dim, dtype, step)
+            fresh = torch.zeros(n * PAGE, dim, device=dst.device).index_copy_(0, to, x.to(dst.device))
+            out = codec.encode(fresh.view(n, PAGE, dim), dtype, count[i : i + n])
+        else:
+            out = torch.zeros(n, size, dtype=torch.uint8, device=dst.device)
+            for run, width in fields:
+                piece = fetch(src, from_ + run + at * width, width).to(dst.device)
+                out[:, run : run + PAGE * width].view(n, PAGE, width)[to // PAGE, to % PAGE] = piece
         store(dst, dst_off[i : i + n], out)
+
+
+def _slots(src: Tensor, off: Tensor, slot: Tensor, codec: Codec, dim: int, dtype: torch.dtype, step: int) -> Tensor:
+    """Slots of parts, decoded: off, slot int64 [n] -> float32 [n, dim] beside `src`; `step` parts at a time."""
+    off, slot = off.to(src.device), slot.to(src.device)
+    parts, which = off.unique(return_inverse=True)
+    out = torch.empty(len(off), dim, device=src.device)
+    for i in range(0, len(parts), step):
+        x = codec.decode(fetch(src, parts[i : i + step], codec.part_bytes(dim, dtype)), dim, dtype)
+        here = ((which >= i) & (which < i + step)).nonzero().squeeze(1)
+        out[here] = x[which[here] - i, slot[here]]
+    return out
 
 
 @has_twin("pagekernels")

@@ -1,4 +1,8 @@
-"""Token eviction that frees real pages: survivors of broken pages are packed into fresh ones, losslessly."""
+"""Token eviction that frees real pages: survivors of broken pages are packed into fresh ones.
+
+Stored slots move as they are, so nothing is lost, except in formats whose slots share scales (keys of KIVI, all of
+KVQuant): there survivors are decoded and get the scales of their new page, an error of up to half a step each time.
+"""
 
 from __future__ import annotations
 

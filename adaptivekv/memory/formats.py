@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.kernels import CODECS, Codec
+from adaptivekv.kernels import CODECS, DECODED, Codec
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,22 @@ class Format:
         """Stored bytes of one page, scales included."""
         return self.k.part_bytes(k_dim, dtype) + self.v.part_bytes(v_dim, dtype)
 
+    @property
+    def kernel(self) -> bool:
+        """Whether the Triton kernels know it; pages of the others are attended and changed in plain torch."""
+        return self.k.kernel and self.v.kernel
+
+    @property
+    def bits(self) -> float:
+        """Bits per element without scales, keys and values together."""
+        return (self.k.bits + self.v.bits) / 2
+
     def demotes(self, other: Format) -> bool:
-        """Whether going from this format to `other` only loses bits (a lost bit never comes back)."""
-        return self != other and other.k.bits <= self.k.bits and other.v.bits <= self.v.bits
+        """Whether going from this format to `other` loses bits and gains none (a lost bit never comes back).
+
+        Not between formats of equal bits: encoding again adds an error and may take more bytes.
+        """
+        return other.bits < self.bits and other.k.bits <= self.k.bits and other.v.bits <= self.v.bits
 
 
 def _formats() -> dict[str, Format]:
@@ -35,13 +48,20 @@ def _formats() -> dict[str, Format]:
     for name, (k, v) in pairs.items():
         table[name] = Format(name, c[k], c[v])
         table[name + "r"] = Format(name + "r", c[k], c[v], rotate=True)
-    return table
+    # New ones at the end: files and tables know a format by its place. Those without kernels come last.
+    pairs = {
+        "fp8": ("fp8", "fp8"), "kivi4": ("kivi4k", "kivi4v"), "kivi42": ("kivi4k", "kivi2v"),
+        "kivi2": ("kivi2k", "kivi2v"), "nuq4": ("nuq4k", "nuq4v"),
+    }  # fmt: skip
+    return table | {name: Format(name, DECODED[k], DECODED[v]) for name, (k, v) in pairs.items()}
 
 
 FORMATS = _formats()
 """By name; a trailing `r` means rotated. The position in this table is a page's format code."""
 CODES = {name: i for i, name in enumerate(FORMATS)}
 BY_CODE = list(FORMATS.values())
+WITH_KERNEL = [fmt for fmt in BY_CODE if fmt.kernel]
+"""The formats of a captured decode step; the first of `BY_CODE`, so that their codes are those of this list."""
 
 
 def parse_bytes(text: str | int | float) -> float | int:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.kernels.table import ABSENT, FORMATS, ROTATED, TAIL, Launch, PageTable, page_time, plan_work
-from adaptivekv.memory.formats import BY_CODE
+from adaptivekv.memory.formats import WITH_KERNEL
 from adaptivekv.memory.sequence import Picker, Sequence
 from adaptivekv.memory.shapes import DEVICE, HOST
 
 if TYPE_CHECKING:
     from adaptivekv.kernels.select import Selection
 
-PAIRS = tuple(dict.fromkeys((fmt.k, fmt.v) for fmt in BY_CODE))
+PAIRS = tuple(dict.fromkeys((fmt.k, fmt.v) for fmt in WITH_KERNEL))
 """Codecs of keys and values that one launch may mix."""
-_FORMAT = np.array([PAIRS.index((fmt.k, fmt.v)) + ROTATED * fmt.rotate for fmt in BY_CODE], np.uint8)
+_FORMAT = np.array([PAIRS.index((fmt.k, fmt.v)) + ROTATED * fmt.rotate for fmt in WITH_KERNEL], np.uint8)
 
 
 class StepTables:
@@ -37,7 +37,7 @@ class StepTables:
         self.sequences, self.pool = sequences, sequences[0].pool
         shape, device, layers = self.pool.layers[0], self.pool.device, len(self.pool.layers)
         assert all(s == shape for s in self.pool.layers), "layers of different shapes"
-        assert len(BY_CODE) < FORMATS
+        assert len(WITH_KERNEL) < FORMATS
         self.columns, self.heads = columns, shape.heads
         self.processors, self.together = processors, launch.programs
         rows = len(sequences) * shape.heads
@@ -55,7 +55,7 @@ class StepTables:
         self.order = zeros(layers, rows, 0)
         self.mass = zeros(layers, rows, columns, dtype=torch.float32)
         self.pages = zeros(0, 4)  # by page id: key entry, value offset, bounds offset, format + flags
-        sizes = [fmt.bytes(shape.k_dim, shape.v_dim, self.pool.dtype) for fmt in BY_CODE]
+        sizes = [fmt.bytes(shape.k_dim, shape.v_dim, self.pool.dtype) for fmt in WITH_KERNEL]
         time = torch.zeros(256, dtype=torch.int64)
         time[_FORMAT.astype(np.int64)] = torch.tensor([page_time(size, shape.k_dim, shape.v_dim) for size in sizes])
         self.time = time.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.evict import evict
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, choice, protected, share, whole
-from adaptivekv.policies.eviction.budgets import across_heads, pyramid, top
+from adaptivekv.policies.eviction.budgets import across_heads, dispersion, pyramid, top, weighted
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Eviction(Stage):
     grows; otherwise it applies to the prompt alone and everything generated is kept.
 
     Two options change who keeps how much, not how much is kept, whatever the score: `heads=adaptive` (Ada-KV) lets
-    the heads of a layer compete for their common budget, `layers=pyramid` (PyramidKV) gives early layers more.
+    the heads of a layer compete for their common budget; `layers=pyramid` (PyramidKV) gives early layers more,
+    `layers=measured` (CAKE) those whose attention is spread out and shifts from query to query. That needs queries;
+    once they are gone, layers that grow share as they do by then.
     Heads of different lengths end in partly filled pages of their own, so up to one page a head comes on top.
     """
 
@@ -36,22 +39,36 @@ class Eviction(Stage):
     growing: ClassVar[bool] = False
     known: ClassVar[bool] = False  # whether the selector's schema has a column is_<name>
     formula: ClassVar[str] = "keep x tokens x native"
+    HEADS: ClassVar[tuple[str, ...]] = ("uniform", "adaptive")
+    LAYERS: ClassVar[tuple[str, ...]] = ("uniform", "pyramid", "measured")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", share("keep", self.keep))
         object.__setattr__(self, "sinks", whole("sinks", self.sinks))
         object.__setattr__(self, "window", whole("window", self.window, 1))
-        choice("heads", self.heads, "uniform", "adaptive")
-        choice("layers", self.layers, "uniform", "pyramid")
+        choice("heads", self.heads, *self.HEADS)
+        choice("layers", self.layers, *self.LAYERS)
+        if self.layers == "measured":  # what this stage needs, beyond what its method does
+            object.__setattr__(self, "needs", self.needs | {"queries"})
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
         """The worth of every sealed slot, [H, P, 64]; higher is kept."""
         raise TypeError(f"{type(self).__name__} does not score")
 
+    def score_within(self, sequence: Sequence, layer: int, budget: int) -> np.ndarray:
+        """`score` where `budget` slots of each head stay, on average: for methods that divide their budget."""
+        return self.score(sequence, layer)
+
     def apply(self, sequence: Sequence) -> None:
-        keep = [self._best(sequence, layer, target) for layer, target in enumerate(self.budgets(sequence))]
+        if "queries" in type(self).needs and sequence.ring and not sequence.ring_fill:
+            return  # a new turn has opened the ring and brought no query yet: pressure must find room elsewhere
+        keep = self.choose(sequence)
         if any(mask is not None for mask in keep):
             evict(sequence, keep)
+
+    def choose(self, sequence: Sequence) -> list[np.ndarray | None]:
+        """The slots that stay, layer by layer: bool [H, P, 64], None: all."""
+        return [self._best(sequence, layer, target) for layer, target in enumerate(self.budgets(sequence))]
 
     def _best(self, sequence: Sequence, layer: int, target: int) -> np.ndarray | None:
         """The slots that are worth most, `target` of each head or on average, bool [H, P, 64]; None: all."""
@@ -60,7 +77,7 @@ class Eviction(Stage):
         if (held.mean() if self.heads == "adaptive" else held.max(initial=0)) <= target:
             return None
         forced = protected(sequence, pos, self.sinks, self.window)
-        score = np.where(forced, np.inf, self.score(sequence, layer))
+        score = np.where(forced, np.inf, self.score_within(sequence, layer, target))
         # A float32 read as an integer, the negative ones turned round, sorts like itself; position and head behind it
         # settle equal scores, the newer one stays: runs of one score must not break determinism.
         bits = (score.astype(np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
@@ -79,13 +96,21 @@ class Eviction(Stage):
 
     def budgets(self, sequence: Sequence) -> list[int]:
         """`keep_slots` of each layer."""
-        mean, layers = self.keep_slots(sequence), len(sequence.ids)
-        if self.layers == "uniform":
-            return [mean] * layers
+        mean, layers = self.keep_slots(sequence), range(len(sequence.ids))
+        if self.layers not in ("pyramid", "measured"):
+            return [mean for _ in layers]
         sealed = np.arange(sequence.length - sequence.tail_len)
         # what no layer may lose is not shared out, as the paper's window is not
         fixed = min(mean, int(protected(sequence, sealed, self.sinks, self.window).sum()))
-        return [fixed + n for n in pyramid(mean - fixed, layers, len(sealed) - fixed)]
+        if self.layers == "pyramid":
+            shared = pyramid(mean - fixed, len(layers), len(sealed) - fixed)
+        else:
+            held = [sequence.slots(layer)[0].sum((1, 2)) for layer in layers]
+            most = [h.mean() if self.heads == "adaptive" else h.max(initial=0) for h in held]
+            most = [max(0, math.ceil(n) - fixed) for n in most]
+            wants = [dispersion(sequence, layer, self.window) for layer in layers] if sequence.ring_fill else most
+            shared = weighted(mean - fixed, wants, most)
+        return [fixed + n for n in shared]
 
     def features(self) -> dict[str, float]:
         return {"keep": self.keep} | ({f"is_{self.name}": 1.0} if self.known else {})
@@ -94,3 +119,8 @@ class Eviction(Stage):
 def page_scores(values: np.ndarray) -> np.ndarray:
     """Give every slot its page's value: [H, P] -> [H, P, 64]."""
     return np.broadcast_to(values[..., None], (*values.shape, PAGE))
+
+
+def slot_scores(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Give every slot its head's value: [H] -> [H, P, 64]."""
+    return np.broadcast_to(values[:, None, None], shape)

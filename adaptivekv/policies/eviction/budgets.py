@@ -1,8 +1,14 @@
-"""Who keeps how much: a budget shared among layers (PyramidKV) or among the heads of a layer (Ada-KV)."""
+"""Who keeps how much: a budget shared among layers (PyramidKV, CAKE) or among the heads of a layer (Ada-KV)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Row
+
 import numpy as np
+import torch
+
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies.eviction.observed import attention
 
 BETA = 20  # PyramidKV: the last layer gets a 20th of the mean, where the first has room for the rest
 FLOOR = 0.2  # Ada-KV: the share of an even budget that no head falls below
@@ -18,6 +24,43 @@ def pyramid(mean: int, layers: int, most: int) -> list[int]:
     slope = np.linspace(1, -1, layers)
     budgets = mean + rise * (slope - slope.mean())  # one layer alone has slope 0
     return np.diff(np.cumsum(budgets).round().astype(int), prepend=0).tolist()  # rounding never changes the total
+
+
+def dispersion(sequence: Sequence, layer: int, window: int) -> float:
+    """How much of a common budget a layer should have by the attention of the last `window` queries.
+
+    CAKE, https://arxiv.org/abs/2503.12491, with both its exponents 1: (entropy of a query's attention) x (variance of
+    the attention to a slot over the queries, summed over slots). Each is averaged over the query heads; the window
+    itself is left out, and so is the open tail, which nothing can evict.
+    """
+    pos, out = sequence.slots(layer)[1], []
+    for h, weights in enumerate(attention(sequence, layer, window)):
+        old = torch.from_numpy(pos[h].ravel() < sequence.length - window).to(weights.device)
+        weights = weights * old
+        entropy = torch.special.entr(weights).sum(-1).mean()
+        out.append(torch.stack([entropy, weights.var(1, correction=0).sum(-1).mean()]))
+    return float(torch.stack(out).mean(0).prod())
+
+
+def weighted(mean: int, weights: Row[float], most: Row[int]) -> list[int]:
+    """Budgets in proportion to `weights`, `mean` on average and none above its `most`: others get what one cannot hold.
+
+    Where all together cannot hold that much, each gets its most.
+    """
+    weight, limit, total = np.array(weights, float), np.array(most, float), mean * len(most)
+    if limit.sum() <= total:
+        return limit.astype(int).tolist()
+    full = np.zeros(len(limit), bool)
+    while True:
+        wants = np.where(full, 0, weight) if weight[~full].any() else ~full  # nothing to tell them apart: even shares
+        budgets = np.where(full, limit, (total - limit[full].sum()) * wants / wants.sum())
+        if not (budgets > limit).any():
+            break
+        full |= budgets > limit
+    down = np.floor(budgets)
+    first = np.argsort(down - budgets, kind="stable")  # what rounding down leaves goes to those that lost most by it
+    down[first[: round(total - down.sum())]] += 1
+    return down.astype(int).tolist()
 
 
 def top(key: np.ndarray, n: int) -> np.ndarray:

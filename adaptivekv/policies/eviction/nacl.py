@@ -38,11 +38,14 @@ class NACL(Eviction):
         object.__setattr__(self, "seed", whole("seed", self.seed))
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+        return self.score_within(sequence, layer, self.budgets(sequence)[layer])
+
+    def score_within(self, sequence: Sequence, layer: int, budget: int) -> np.ndarray:
         used, pos = sequence.slots(layer)
         votes = slots([w.sum((0, 1)) for w in attention(sequence, layer, self.window)], sequence, layer)
         drawn = votes + np.random.default_rng([self.seed, layer]).gumbel(size=votes.shape)
         sure = used & protected(sequence, pos, self.sinks, self.window)
-        budget = self.budgets(sequence)[layer] - int(sure.sum((1, 2)).max())
+        budget -= int(sure.sum((1, 2)).max())
         free = np.where(used & ~sure, votes, -1).reshape(len(votes), -1)
         elected = top(free, round((1 - self.random) * budget)).reshape(votes.shape)
         return np.where(elected, votes, drawn - drawn.max() - 1)  # any that was drawn comes after all elected

@@ -5,47 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
-from adaptivekv.memory.sequence import Sequence
-from adaptivekv.policies.base import Stage, settled, whole
+from adaptivekv.memory.formats import FORMATS, Format
+from adaptivekv.policies.quantization.base import Single
 
 
 @dataclass(frozen=True)
-class Uniform(Stage):
+class Uniform(Single):
     """Pages older than the last `window` tokens are stored in the stage's format; the window stays native.
 
     The rotation spreads outlier channels over the head, so one scale and zero a slot is enough; the kernel rotates
     the query instead of the page. Pages only ever lose bits: one that already has fewer stays as it is.
     """
 
-    window: int = 64
-    sinks: int = 4
     rotate: bool = True
 
-    kind: ClassVar[str] = "quantize"
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.00456"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", whole("window", self.window))
-        object.__setattr__(self, "sinks", whole("sinks", self.sinks))
+        super().__post_init__()
         object.__setattr__(self, "rotate", bool(self.rotate))
 
     @property
-    def format(self) -> Format:
-        return FORMATS[self.name + ("r" if self.rotate else "")]
-
-    def apply(self, sequence: Sequence) -> None:
-        lowers = np.array([fmt.demotes(self.format) for fmt in BY_CODE])
-        select = [
-            settled(sequence, layer, self.window, self.sinks) & lowers[sequence.pool.code[ids]]
-            for layer, ids in enumerate(sequence.ids)
-        ]
-        sequence.convert(select, self.format)
-
-    def features(self) -> dict[str, float]:
-        return {"k_bits": float(self.format.k.bits), "v_bits": float(self.format.v.bits)}
+    def formats(self) -> tuple[Format, ...]:
+        return (FORMATS[self.name + ("r" if self.rotate else "")],)
 
 
 @dataclass(frozen=True)

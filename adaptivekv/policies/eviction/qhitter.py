@@ -1,0 +1,67 @@
+"""Q-Hitter (MLSys 2024): keep tokens that are attended to and that low bits do not hurt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies.base import share, worth
+from adaptivekv.policies.eviction.base import Eviction, page_scores
+
+
+@dataclass(frozen=True)
+class QHitter(Eviction):
+    """A slot is worth (1 - `friendly`) x its rank by page mass + `friendly` x its rank by quantization error.
+
+    Ranks run from 0 to 1 within a head, the lowest error ranks highest. The error of a key or value with one scale a
+    slot is its step against its length: (max - min) / ||x||, summed over both. Meant for `qhitter(0.5) | int4`.
+
+    Differs from the paper: mass is known per page, as a moving average (see `h2o`); the error is that of this
+    project's formats, from the range of a slot, without the rotation that comes later.
+    """
+
+    friendly: float = 0.5
+
+    name: ClassVar[str] = "qhitter"
+    paper: ClassVar[str] = "https://mlsys.org/virtual/2024/poster/2642"
+    needs: ClassVar[frozenset[str]] = frozenset({"mass"})
+    growing: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "friendly", share("friendly", self.friendly))
+
+    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+        used, _ = sequence.slots(layer)
+        mass, error = page_scores(worth(sequence, layer)), _errors(sequence, layer)
+        return (1 - self.friendly) * _ranks(mass, used) + self.friendly * _ranks(-error, used)
+
+
+def _errors(sequence: Sequence, layer: int) -> np.ndarray:
+    """Step against length of every slot's key and value, [H, P, 64]; unused slots hold anything."""
+    ids, pool = sequence.ids[layer], sequence.pool
+    out = np.zeros((*ids.shape, sequence.slots(layer)[0].shape[2]), np.float32)
+    for group in pool.groups(ids[ids >= 0]):
+        at = np.isin(ids, group)
+        error = sum(_relative_range(part) for part in pool.read(ids[at]))
+        assert isinstance(error, torch.Tensor)
+        out[at] = error.cpu().numpy()
+    return out
+
+
+def _relative_range(x: torch.Tensor) -> torch.Tensor:
+    return (x.amax(-1) - x.amin(-1)) / x.norm(dim=-1).clamp(min=1e-6)
+
+
+def _ranks(values: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Ranks of each head's used slots, 0 to 1, equal values sharing the middle of theirs: [H, P, 64]."""
+    out = np.zeros(values.shape, np.float32)
+    for head, mine in enumerate(used):
+        _, at, count = np.unique(values[head][mine], return_inverse=True, return_counts=True)
+        middle = np.cumsum(count) - (count + 1) / 2
+        out[head][mine] = middle[at.ravel()] / max(1, mine.sum() - 1)
+    return out
