@@ -207,13 +207,21 @@ def _credit(sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: fl
     """The largest attention weight of any row to each sealed slot: rows [H, M, k_dim], lse [H, M]."""
     assert sequence.recalled is not None
     used, pos = sequence.slots(layer)
-    for h, credit in enumerate(sequence.recalled[layer]):
-        scores = (rows[h].float() @ sequence.keys(layer, h).T).mul_(scale)
-        if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        most = scores.sub_(lse[h][:, None]).amax(0).exp_().cpu().numpy()
-        at, here = pos[h].ravel(), used[h].ravel()
-        credit[at[here]] = np.maximum(credit[at[here]], most[here])
+    most = []
+    for h, (queries, total) in enumerate(zip(rows.float(), lse, strict=True)):
+        keys = sequence.keys(layer, h)
+        step = max(1, sequence.pool.staging_bytes // (4 * max(1, len(keys))))  # scores are a temporary copy too
+        best = keys.new_full((len(keys),), -torch.inf)
+        for some, norm in zip(queries.split(step), total.split(step), strict=True):
+            scores = (some @ keys.T).mul_(scale)
+            if softcap is not None:
+                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            best = torch.maximum(best, scores.sub_(norm[:, None]).amax(0))
+        most.append(best)
+    found = torch.stack(most).exp_().cpu().numpy()  # one wait a layer
+    for credit, new, here, at in zip(sequence.recalled[layer], found, used, pos, strict=True):
+        mine = at[here]
+        credit[mine] = np.maximum(credit[mine], new[here.ravel()])
 
 
 def _on_device(batch: PageBatch, columns: np.ndarray, device: torch.device, staging: int):
