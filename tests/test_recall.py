@@ -26,10 +26,12 @@ def prompt(rows=1, n=200, seed=0):
     return torch.randint(2, 160, (rows, n), generator=torch.Generator().manual_seed(seed))
 
 
-def test_credit_is_the_largest_attention_of_the_repeated_tokens():
+@pytest.mark.parametrize("staging", [4 << 20, 20_000])
+def test_credit_is_the_largest_attention_of_the_repeated_tokens(staging):
     """Against transformers' own attention weights over prompt and repetition."""
     model, ids = tiny(), prompt()
     cache = read(model, ids)
+    cache.pool.staging_bytes = staging  # the second is room for 26 rows of scores
     recall(model, cache, ids)
     model.set_attn_implementation("eager")
     with torch.no_grad():
