@@ -13,6 +13,7 @@ import torch
 from adaptivekv.errors import AdaptiveKVError, BudgetError
 from adaptivekv.features import schema
 from adaptivekv.features.attention import attention_features
+from adaptivekv.features.probe import probe_features
 from adaptivekv.features.request import logit_features, request_features
 from adaptivekv.features.system import system_features
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
@@ -24,10 +25,10 @@ from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector
 
 CANDIDATES = (
-    "full", "int8", "int4", "k4v2", "int2", "snapkv(0.5)", "snapkv(0.5) | int4", "snapkv(0.25) | k4v2",
-    "h2o(0.5) | int4", "streaming(0.25)", "offload(0.15)", "int8 | offload(0.35)", "int4 | offload(0.6)",
-    "int4 | offload(0.3)", "k4v2 | offload(0.6)", "k4v2 | offload(0.3)", "int4 | retrieve(0.25)",
-    "int8 | offload(0.35) | retrieve(0.25)",
+    "full", "int8", "int4", "tuned(0.5)", "k4v2", "int2", "snapkv(0.5, pool=32)", "snapkv(0.5, pool=32) | int4",
+    "snapkv(0.5, pool=32) | k4v2", "snapkv(0.25, pool=32) | k4v2", "keydiff(0.5) | int4", "streaming(0.25) | int4",
+    "offload(0.15)", "int8 | offload(0.35)", "int4 | offload(0.3)", "k4v2 | offload(0.3)",
+    "snapkv(0.5, pool=32) | k4v2 | offload(0.3)", "int4 | retrieve(0.25)", "int8 | offload(0.35) | retrieve(0.25)",
 )  # fmt: skip
 """The plans a controller chooses among unless it is told others."""
 
@@ -134,6 +135,10 @@ class Controller:
     def end_prefill(self, request: Request) -> None:
         """The prompt has ended: decide with attention features, apply, bring back what fits on the device."""
         request.prefilling = False
+        if self.fixed is None:
+            start = time.perf_counter()
+            request.facts |= probe_features(request.sequence)
+            self.seconds += time.perf_counter() - start
         request.plan = self._decide(request, "prefill")
         if "recall" in request.plan.needs and request.sequence.recalled is None:
             raise AdaptiveKVError(
@@ -286,7 +291,7 @@ class Controller:
         keep, name = (evict.keep, evict.name) if evict else (1.0, "")
         if request.kept < 1 and not (keep < request.kept or (keep == request.kept and name == request.evictor)):
             return False
-        if plan.window and not request.sequence.ring and name != request.evictor:
+        if plan.window and not request.sequence.ring and name != request.evictor and plan != request.plan:
             return False
         target = quantize.format if quantize else FORMATS["native"]
         return all(fmt == target or fmt.demotes(target) for fmt in formats)

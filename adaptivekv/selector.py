@@ -20,7 +20,7 @@ FORMAT = 1
 TARGETS = ("log10_loss", "log10_loss_high", "log10_step_ms")
 LOSS_FLOOR = 1e-6  # nats, added before the logarithm
 MAX_LEAVES = 8  # per tree: one bit each in a byte
-INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES)  # a tree sees the state, then the plan
+INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES) + len(schema.JOINT)  # a tree sees the state, the plan, and both
 
 KEEP, K_BITS, V_BITS, DEVICE_SHARE, READ_SHARE = range(5)  # columns of a plan row
 PROMPT, GENERATED, LINK = (schema.NAMES.index(n) for n in ("log2_prompt", "log2_generated", "log10_link"))
@@ -120,7 +120,8 @@ class TreeSelector:
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
         x = np.empty((len(plans), INPUTS))
-        x[:, : len(state)], x[:, len(state) :] = state, plans
+        at, end = len(state), len(state) + plans.shape[1]
+        x[:, :at], x[:, at:end], x[:, end:] = state, plans, schema.joint(state, plans)
         out = 10.0 ** self.raw(x)
         loss = np.where(is_lossless(plans)[:, None], 0.0, np.maximum(out[:, :2] - LOSS_FLOOR, 0.0))
         return Prediction(loss[:, 0], loss.max(axis=1), out[:, 2])

@@ -50,7 +50,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     collected = collect(
         args.scenario, args.requests, None, args.workers, args.seed, args.max_tokens, args.new_tokens,
-        out=args.work / "trajectories", tracking_uri=store, progress=show,
+        out=args.work / "trajectories", tracking_uri=store, progress=show, splits=("train", "select"),
     )  # fmt: skip
     trained = train([collected["run_id"]], args.seed, args.work / "policy", store, progress=lambda line: show(line, ""))
     policy = TreeSelector.load(trained["policy"])

@@ -1,5 +1,6 @@
 """Collecting on a local Ray with the embedded model: the whole loop, a kill in the middle, bad scenarios."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_loop(local_ray, store, tmp_path, monkeypatch):
     full = rows.plan == "full"
     assert (rows.loss[full] == 0).all() and (rows.loss[~full] > 0).any()
     assert (rows.device_bytes[full] >= rows.device_bytes[rows.plan == "int4"]).all()
-    assert (rows.step_ms > 0).all() and Counter(rows.split) == {"train": 8, "select": 4, "gate": 4}
+    assert (rows.step_ms > 0).all() and Counter(rows.split) == {"train": 7, "select": 3}
     unknown = {name for name, x in zip(schema.NAMES, rows.state.T, strict=True) if np.isnan(x).all()}
     assert unknown <= {"log2_question"} | {n for n in schema.ATTENTION}  # some prompts are too short for page mass
     assert {"kl/int4", "device/int4", "host/int4", "step_ms/int4"} <= got["metrics"].keys()
@@ -179,7 +180,13 @@ def test_draw(name):
         splits.setdefault(request.document, set()).add(request.split)
         assert min(mix.tokens[0], 4000) <= request.tokens <= 4000
     assert all(len(found) == 1 for found in splits.values())
-    assert {r.kind for r in drawn} == set(mix.kinds) and {r.split for r in drawn} == {"train", "select", "gate", "test"}
+    assert {r.kind for r in drawn} == set(mix.kinds) and {r.split for r in drawn} == set(trajectories.SPLITS)
+    some = workload.draw(mix, 40, 7, 4000, ("certify", "select"))  # the same requests, whatever is drawn beside them
+    assert {r.split for r in some} == {"certify", "select"} and set(some[:20]) <= set(drawn)
+    assert len({(r.kind, r.seed) for r in drawn}) == len(drawn)  # no generated text comes twice
+    lone = dataclasses.replace(mix, splits={"train": 1.0})
+    with pytest.raises(AdaptiveKVError, match="'certify': scenario .* has train"):
+        workload.draw(lone, 4, 0, None, ("certify",))
 
 
 def test_write(smol):

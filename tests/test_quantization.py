@@ -8,6 +8,7 @@ from test_formats import NEW, parts
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
 from adaptivekv.kernels import CODECS, hadamard
+from adaptivekv.memory.distortion import distortion
 from adaptivekv.memory.evict import evict
 from adaptivekv.memory.formats import BY_CODE, FORMATS
 from adaptivekv.memory.pages import PagePool
@@ -174,7 +175,9 @@ def test_tuned_gives_bits_to_the_layers_whose_attention_suffers_most():
                 )
                 wrong, total = wrong + float((out - other).square().sum()), total + float(out.square().sum())
         want.append(wrong / total)
-        assert stage.error(sequence, layer, select[layer]) == pytest.approx(want[-1], rel=1e-3)
+        assert distortion(sequence, layer, select[layer], stage.formats[-1:], stage.window)[0] == pytest.approx(
+            want[-1], rel=1e-3
+        )
     stage.apply(sequence)
     worst = sorted(np.argsort(want)[-2:].tolist())
     assert 2 in worst

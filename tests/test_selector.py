@@ -55,9 +55,9 @@ def folder(models, tmp_path):
 
 
 def test_row_order_and_unknown_name():
-    assert len(set(schema.NAMES)) == len(schema.NAMES) == 28
+    assert len(set(schema.NAMES)) == len(schema.NAMES) == 46
     got = schema.row({"turn": 2, "log2_prompt": 10})
-    assert got[schema.NAMES.index("turn")] == 2 and got[0] == 10 and np.isnan(got).sum() == 26
+    assert got[schema.NAMES.index("turn")] == 2 and got[0] == 10 and np.isnan(got).sum() == 44
     with pytest.raises(AdaptiveKVError, match=r"sink_erly.*did you mean 'sink_early'"):
         schema.row({"sink_erly": 1.0})
 
@@ -144,8 +144,8 @@ FAULTS = {
     "object": (lambda a, m: a.__setitem__("value", np.array([{}], dtype=object)), "not readable"),
     "array missing": (lambda a, m: a.pop("roots"), "not readable.*roots"),
     "format": (broken_manifest("format", 2), "format is 2, not 1"),
-    "schema": (broken_manifest("schema", 99), "schema is 99, not 1"),
-    "names": (broken_manifest("names", ["x"]), "names differ from schema 1"),
+    "schema": (broken_manifest("schema", 99), f"schema is 99, not {schema.VERSION}"),
+    "names": (broken_manifest("names", ["x"]), f"names differ from schema {schema.VERSION}"),
     "margin": (broken_manifest("margin", float("nan")), "margin is nan"),
     "label": (broken_manifest("label", None), "label is missing"),
 }

@@ -29,7 +29,7 @@ PLANS = {
     "int4": ({"k_bits": 4, "v_bits": 4}, 1e-3),
     "k4v2": ({"k_bits": 4, "v_bits": 2}, 4e-3),
     "int2": ({"k_bits": 2, "v_bits": 2}, 0.03),
-    "snapkv(0.5)": ({"keep": 0.5, "is_snapkv": 1}, 0.06),
+    "snapkv(0.5)": ({"keep": 0.5, "by_window": 1}, 0.06),
     "offload(0.25)": ({"device_share": 0.25}, 0.0),
 }
 FULL = dict.fromkeys(schema.PLAN_NAMES, 0) | {"keep": 1, "k_bits": 16, "v_bits": 16, "device_share": 1, "read_share": 1}

@@ -47,6 +47,7 @@ def collect(
     experiment: str = tracking.EXPERIMENT,
     resume: bool = True,
     progress: Progress | None = None,
+    splits: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Returns run_id, folder, requests, resumed, failed, rows, metrics and seconds.
 
@@ -54,6 +55,7 @@ def collect(
     controller's candidates); `full` is always among them. max_tokens, new_tokens: of a prompt, and of the answer it
     is judged by.
     out: working folder, kept; by default one in the cache folder that is removed once MLflow has everything.
+    splits: those to draw requests of (default: all that the scenario has).
     resume: go on with what the folder holds; otherwise start it anew. progress(done, total) after every request.
     A request that cannot be replayed is skipped and listed in `failed`. Ctrl-C is an AdaptiveKVError as well.
     """
@@ -65,10 +67,10 @@ def collect(
     model = str(Path(model).resolve()) if model and Path(model).is_dir() else model
     mix = scenario if isinstance(scenario, workload.Scenario) else workload.load(scenario or "mixed")
     names = tuple(dict.fromkeys(["full", *(str(Plan.parse(plan)) for plan in plans or CANDIDATES)]))
-    drawn = workload.draw(mix, requests, seed, max_tokens)
+    drawn = workload.draw(mix, requests, seed, max_tokens, splits or trajectories.SPLITS)
     settings = {
         "scenario": dataclasses.asdict(mix), "seed": seed, "plans": list(names), "max_tokens": max_tokens,
-        "new_tokens": new_tokens, "model": model, "schema": schema.VERSION,
+        "new_tokens": new_tokens, "model": model, "schema": schema.VERSION, "splits": list(splits or ()),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # as it will be read back
     tell = progress or (lambda done, total: None)

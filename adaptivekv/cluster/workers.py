@@ -17,6 +17,7 @@ from adaptivekv.controller import Controller
 from adaptivekv.controller import Request as CacheRequest
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
+from adaptivekv.features.probe import probe_features
 from adaptivekv.features.request import text_features
 from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.plan import Plan
@@ -83,7 +84,7 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
     limited: CacheRequest = dataclasses.replace(
         watched,
         budget=int(request.budget * watched.full) if request.budget < 1 else None,
-        facts=watched.facts | text_features(prompt.text, prompt.ids),
+        facts=watched.facts | text_features(prompt.text, prompt.ids) | probe_features(watched.sequence),
     )
     values = Controller(quality=request.quality).features(limited)
     values.pop("log2_question", None)  # where a question begins within one message is not known when serving

@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
 
-VERSION = 1
+VERSION = 2
 
 REQUEST = (
     "log2_prompt",  # tokens of the prompt
@@ -24,13 +25,20 @@ REQUEST = (
 )
 GROUPS = ("early", "mid", "late")  # thirds of the layers
 ATTENTION = tuple(f"{what}_{group}" for what in ("sink", "recent", "entropy", "top") for group in GROUPS)
+KEPT = (0.25, 0.5, 0.75)  # shares of the slots whose loss is probed
+NARROWED = ("int4", "k4v2", "int2")  # and formats
+PROBE = tuple(
+    f"{what}_{group}"
+    for what in (*(f"lost_{100 * kept:.0f}" for kept in KEPT), *(f"error_{name}" for name in NARROWED))
+    for group in GROUPS
+)
 LOGITS = ("logit_entropy", "logit_margin")
 SYSTEM = (
     "pressure",  # device bytes used / budget
     "host_room",  # host bytes free / full bytes
     "log10_link",  # GB/s between host and device
 )
-NAMES: tuple[str, ...] = REQUEST + ATTENTION + LOGITS + SYSTEM
+NAMES: tuple[str, ...] = REQUEST + ATTENTION + PROBE + LOGITS + SYSTEM
 
 PLAN_NAMES: tuple[str, ...] = (
     "keep",  # share of tokens kept
@@ -38,10 +46,45 @@ PLAN_NAMES: tuple[str, ...] = (
     "v_bits",
     "device_share",  # share of the bytes on the device
     "read_share",  # share of the pages read per step
-    "is_streaming",
-    "is_snapkv",
-    "is_h2o",
+    "by_recency",  # how an eviction chooses: by none of these, by the keys alone
+    "by_window",  # by what the last queries look at
+    "by_mass",
+    "by_recall",
+    "log2_pool",  # neighbours whose scores are pooled
 )
+
+JOINT: tuple[str, ...] = ("lost", "lost_worst", "error", "error_worst")
+"""What the probe says of a plan: attention its eviction would lose, squared error its bits would make; mean over the
+groups of layers, and the worst of them. Made from the two rows, so trajectories do not hold them."""
+
+
+def joint(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
+    """state [F] or [n, F] and plans [n, PF] to [n, JOINT], NaN where the state was not probed.
+
+    Between the probed shares and formats it is interpolated. The probe keeps what the last queries look at: for an
+    eviction that chooses otherwise it is the least that could be lost.
+    """
+    probed = state[..., _PROBE].reshape(*state.shape[:-1], len(KEPT) + len(NARROWED), len(GROUPS))
+    weights, all_lost = _weights(plans.tobytes(), plans.shape[1])
+    lost = all_lost[:, None] + (weights[:, None, : len(KEPT)] @ probed[..., : len(KEPT), :])[:, 0]  # [n, groups]
+    error = (weights[:, None, len(KEPT) :] @ probed[..., len(KEPT) :, :])[:, 0]
+    return np.stack([lost.mean(1), lost.max(1), error.mean(1), error.max(1)], 1)
+
+
+_PROBE = slice(NAMES.index(PROBE[0]), NAMES.index(PROBE[-1]) + 1)
+
+
+@lru_cache(maxsize=64)
+def _weights(plans: bytes, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each probed value weighs in a plan's, [n, probes], and the share that is lost for certain, [n]."""
+    keep, k_bits, v_bits = np.frombuffer(plans).reshape(-1, width).T[:3]
+    shares = np.eye(len(KEPT) + 2)  # kept nothing, the probed shares, everything
+    hats = np.stack([np.interp(keep, (0.0, *KEPT, 1.0), hat) for hat in shares], 1)
+    # a bit more halves a step, so the squared error falls fourfold; native values make none
+    int4 = np.interp(v_bits, (2, 4, 8, 16), (0, 1, 4.0**-4, 0))
+    narrow = np.interp(k_bits, (2, 4), (1, 0))  # of the keys, as int2 has them
+    k4v2 = np.interp(v_bits, (2, 4), (1, 0)) - narrow
+    return np.column_stack([hats[:, 1:-1], int4, k4v2, narrow]), hats[:, 0]
 
 
 def row(values: Mapping[str, float], names: Sequence[str] = NAMES) -> np.ndarray:

@@ -22,6 +22,9 @@ def collect(
     workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
     max_tokens: Annotated[int, typer.Option(help="longest prompt")] = 2000,
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens replayed per request")] = 24,
+    split: Annotated[
+        list[str] | None, typer.Option(help="train, select, certify, gate or test; default: all the scenario has")
+    ] = None,
     seed: Seed = 0,
     out_dir: Annotated[Path | None, typer.Option("--out", help="working folder; a killed run resumes from it")] = None,
     model: Model = None,
@@ -36,7 +39,7 @@ def collect(
         job = progress.add_task("collect", total=requests)
         result = run(
             scenario, requests, plans or None, workers, seed, max_tokens, new_tokens, model, out_dir, tracking_uri,
-            experiment, progress=lambda done, total: progress.update(job, completed=done, total=total),
+            experiment, progress=lambda done, total: progress.update(job, completed=done, total=total), splits=split,
         )  # fmt: skip
     out(result) if json_ else show_facts("collect", result)
 

@@ -17,7 +17,8 @@ from adaptivekv.trainer.dataset import Rows
 TREES = 30
 QUANTILE = 0.9
 FOLDS = 5
-# More kept, more bits, more read: never more loss. Holds the trees to what is known where rows are few.
+# More kept, more bits, more read: never more loss; more lost by the probe: never less. Holds the trees to what is known
+# where rows are few.
 LOWERS_LOSS = ("keep", "k_bits", "v_bits", "read_share")
 
 
@@ -98,8 +99,9 @@ def train(
 
 
 def inputs(rows: Rows) -> np.ndarray:
-    """float64 [n, F + PF]. The SLO is the caller's wish and no cause of loss, so the trees do not see it."""
-    x = np.concatenate([rows.state, rows.plan_features], axis=1)
+    """float64 [n, INPUTS]. The SLO is the caller's wish and no cause of loss, so the trees do not see it."""
+    both = schema.joint(rows.state, rows.plan_features)
+    x = np.concatenate([rows.state, rows.plan_features, both], axis=1)
     x[:, scoring.QUALITY] = np.nan
     return x
 
@@ -114,7 +116,8 @@ def fit(rows: Rows, seed: int) -> export.Models:
     from sklearn.model_selection import GroupKFold
 
     def model(x: np.ndarray, y: np.ndarray, falls: Sequence[str] = (), **more: Any) -> Any:
-        """Predicts y [n] from x [n, F + PF] and never rises with the plan features in `falls`."""
+        """Predicts y [n] from x [n, INPUTS] and never rises with the plan features in `falls`; if there are any, never
+        falls with what the probe says."""
         settings: dict[str, Any] = {"max_iter": TREES, "min_samples_leaf": max(2, min(20, len(x) // 20))}
         x = np.where(np.isnan(x).all(axis=0), 0.0, x)  # scikit-learn cannot bin a column without any value
         return HistGradientBoostingRegressor(
@@ -122,7 +125,9 @@ def fit(rows: Rows, seed: int) -> export.Models:
             max_leaf_nodes=MAX_LEAVES,
             learning_rate=0.2,
             max_features=0.8,
-            monotonic_cst=[0] * len(schema.NAMES) + [-(name in falls) for name in schema.PLAN_NAMES],
+            monotonic_cst=[0] * len(schema.NAMES)
+            + [-(name in falls) for name in schema.PLAN_NAMES]
+            + [int(bool(falls))] * len(schema.JOINT),
             early_stopping=False,
             random_state=seed,
         ).fit(x, y)
@@ -188,6 +193,6 @@ def draw(
     if len(y) > 1:
         some = {"n_repeats": 3, "random_state": seed, "max_samples": min(1.0, 2000 / len(y))}
         shuffled = permutation_importance(loss_model, x, y, scoring="neg_mean_squared_error", **some)
-        names = [*schema.NAMES, *schema.PLAN_NAMES]
+        names = [*schema.NAMES, *schema.PLAN_NAMES, *schema.JOINT]
         made.append(plots.importance(names, shuffled.importances_mean, folder / "importance.png"))
     return made

@@ -7,7 +7,8 @@ import json
 import math
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -148,27 +149,40 @@ def _weights(values: Any, name: str, known: list[str]) -> dict[str, float]:
 # -- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def draw(scenario: Scenario, count: int, seed: int = 0, max_tokens: int | None = None) -> list[Request]:
-    """The first `count` requests of a seed; more of them begin with the same ones. max_tokens: of a prompt."""
+def draw(
+    scenario: Scenario, count: int, seed: int = 0, max_tokens: int | None = None, only: Collection[str] = SPLITS
+) -> list[Request]:
+    """The first `count` requests of a seed; more of them begin with the same ones.
+
+    max_tokens: of a prompt. only: the splits wanted; the first request of a split is the same whatever is drawn beside
+    it. AdaptiveKVError for a split the scenario has no share of.
+    """
+    for split in set(only) - set(scenario.splits):
+        if split not in SPLITS or only is not SPLITS:
+            raise AdaptiveKVError(f"split {split!r}: scenario {scenario.name} has {', '.join(scenario.splits)}")
     least, most = scenario.tokens
     most = min(most, max_tokens or most)
     least = min(least, most)
-    splits = _rota(scenario.splits, np.zeros(len(scenario.splits)))
+    wanted = {split: share for split, share in scenario.splits.items() if split in only}
+    splits = _rota(wanted, np.zeros(len(wanted)))
     kinds: dict[str, Iterator[str]] = {}
+    numbers: Counter[str] = Counter()
     drawn: list[Request] = []
-    for number in range(count):
-        rng = np.random.default_rng([seed, number])
+    for _ in range(count):
         split = next(splits)
+        number, at = numbers[split], SPLITS.index(split)
+        numbers[split] += 1
+        rng = np.random.default_rng([seed, at, number])
         if split not in kinds:
             phase = np.random.default_rng([seed, SPLITS.index(split)])
             kinds[split] = _rota(scenario.kinds, phase.random(len(scenario.kinds)) * sum(scenario.kinds.values()))
         kind = next(kinds[split])
-        key = f"{scenario.name}-{seed}-{number:05d}"
+        key = f"{scenario.name}-{seed}-{split}-{number:05d}"
         choices = documents(kind, scenario.splits)[split] if kind in FROM_DOCUMENTS else [f"{kind}/{key}"]
         if not choices:
             raise AdaptiveKVError(f"scenario: splits.{split} is too small; no document of kind {kind} falls to it")
         document, text_seed = choices[int(rng.integers(len(choices)))], int(rng.integers(2**31))
-        position = ((number + 1) * GOLDEN + seed * GOLDEN**2) % 1  # evenly spread, unlike draws of their own
+        position = ((number + 1) * GOLDEN + (seed + at) * GOLDEN**2) % 1  # evenly spread, unlike draws of their own
         tokens = round(least * (most / least) ** position)
         limits = (float(rng.choice(getattr(scenario, name))) for name in ("quality", "budget", "host", "pressure"))
         drawn.append(Request(key, kind, split, document, text_seed, tokens, *limits))

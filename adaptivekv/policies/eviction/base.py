@@ -37,7 +37,7 @@ class Eviction(Stage):
 
     kind: ClassVar[str] = "evict"
     growing: ClassVar[bool] = False
-    known: ClassVar[bool] = False  # whether the selector's schema has a column is_<name>
+    by: ClassVar[str] = "keys"  # what else than its needs says how it chooses
     formula: ClassVar[str] = "keep x tokens x native"
     HEADS: ClassVar[tuple[str, ...]] = ("uniform", "adaptive")
     LAYERS: ClassVar[tuple[str, ...]] = ("uniform", "pyramid", "measured")
@@ -113,7 +113,12 @@ class Eviction(Stage):
         return [fixed + n for n in shared]
 
     def features(self) -> dict[str, float]:
-        return {"keep": self.keep} | ({f"is_{self.name}": 1.0} if self.known else {})
+        needs = type(self).needs
+        how = {"by_recency": self.by == "recency", "by_window": "queries" in needs, "by_mass": "mass" in needs}
+        how |= {"by_recall": "recall" in needs}
+        return {"keep": self.keep, "log2_pool": math.log2(getattr(self, "pool", 1))} | {
+            k: float(v) for k, v in how.items()
+        }
 
 
 def page_scores(values: np.ndarray) -> np.ndarray:

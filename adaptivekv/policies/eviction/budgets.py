@@ -7,8 +7,8 @@ from collections.abc import Sequence as Row
 import numpy as np
 import torch
 
+from adaptivekv.memory.observed import attention
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.policies.eviction.observed import attention
 
 BETA = 20  # PyramidKV: the last layer gets a 20th of the mean, where the first has room for the rest
 FLOOR = 0.2  # Ada-KV: the share of an even budget that no head falls below

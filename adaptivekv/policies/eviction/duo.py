@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.memory.observed import attention
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected
 from adaptivekv.policies.eviction.base import Eviction, slot_scores
-from adaptivekv.policies.eviction.observed import attention
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.observed import logits, slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.observed import logits, slots
 
 
 @dataclass(frozen=True)

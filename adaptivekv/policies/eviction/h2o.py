@@ -25,7 +25,6 @@ class H2O(Eviction):
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.14048"
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})
     growing: ClassVar[bool] = True
-    known: ClassVar[bool] = True
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
         return page_scores(worth(sequence, layer))

@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from adaptivekv.memory.observed import slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import whole
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.observed import slots
 
 
 @dataclass(frozen=True)

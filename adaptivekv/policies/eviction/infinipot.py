@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from adaptivekv.memory.observed import attention, slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected, share
 from adaptivekv.policies.eviction.base import Eviction
 from adaptivekv.policies.eviction.budgets import top
 from adaptivekv.policies.eviction.keydiff import likeness
-from adaptivekv.policies.eviction.observed import attention, slots
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
+from adaptivekv.memory.observed import slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.observed import slots
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from adaptivekv.memory.observed import slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.observed import slots
 
 
 @dataclass(frozen=True)

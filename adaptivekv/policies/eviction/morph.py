@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from adaptivekv.memory.observed import attention, slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import choice
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.observed import attention, slots
 
 
 @dataclass(frozen=True)

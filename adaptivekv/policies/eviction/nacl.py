@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from adaptivekv.memory.observed import attention, slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected, share, whole
 from adaptivekv.policies.eviction.base import Eviction
 from adaptivekv.policies.eviction.budgets import top
-from adaptivekv.policies.eviction.observed import attention, slots
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import ClassVar
 import numpy as np
 from torch.nn import functional
 
+from adaptivekv.memory.observed import attention, slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import choice, whole
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.observed import attention, slots
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class SnapKV(Eviction):
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
-    known: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

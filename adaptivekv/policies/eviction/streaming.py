@@ -22,7 +22,7 @@ class Streaming(Eviction):
     name: ClassVar[str] = "streaming"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
     growing: ClassVar[bool] = True
-    known: ClassVar[bool] = True
+    by: ClassVar[str] = "recency"
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
         return sequence.slots(layer)[1].astype(np.float32)

@@ -1,4 +1,4 @@
-"""What the last queries of a prompt look at: the raw material of every method that needs `queries`."""
+"""What the last queries of a prompt look at: what every method that needs `queries` is made from."""
 
 from __future__ import annotations
 

@@ -1,0 +1,61 @@
+"""Features that ask: what would evicting, or fewer bits, do to the attention of the prompt's last queries?
+
+Once a prompt, on one layer of each third of the model. The most telling features there are: they are the loss of plans,
+measured where it is cheap, and need neither the tokens that will come nor a second pass.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from adaptivekv.features.schema import GROUPS, KEPT, NARROWED
+from adaptivekv.memory.distortion import distortion
+from adaptivekv.memory.formats import FORMATS
+from adaptivekv.memory.observed import attention
+from adaptivekv.memory.sequence import Sequence
+
+WINDOW = 32  # queries asked
+POOL = 32  # neighbouring slots that are kept or lost together
+SINKS, RECENT = 4, 64  # tokens no plan touches
+
+
+def probe_features(sequence: Sequence) -> dict[str, float]:
+    """Empty without queries in the observation ring or pages to change.
+
+    lost_K: attention to the sealed slots outside the K percent that it looks at most, of 1, mean over heads.
+    error_F: squared error of the layer's attention output with its pages in format F, over the squared output.
+    """
+    if not (sequence.ring and sequence.ring_fill and sequence.ids[0].size):
+        return {}
+    out: dict[str, float] = {}
+    for group, part in zip(GROUPS, np.array_split(np.arange(len(sequence.ids)), len(GROUPS)), strict=True):
+        if not len(part):
+            continue
+        layer = int(part[len(part) // 2])
+        out |= {
+            f"lost_{100 * share:.0f}_{group}": float(x) for share, x in zip(KEPT, _lost(sequence, layer), strict=True)
+        }
+        ids, pool = sequence.ids[layer], sequence.pool
+        settled = (ids >= 0) & (pool.first[ids] >= SINKS) & (pool.last[ids] < sequence.length - RECENT)
+        errors = distortion(sequence, layer, settled, tuple(FORMATS[name + "r"] for name in NARROWED), WINDOW)
+        out |= {f"error_{name}_{group}": float(x) for name, x in zip(NARROWED, errors, strict=True)}
+    return out
+
+
+def _lost(sequence: Sequence, layer: int) -> np.ndarray:
+    """Attention lost if each head keeps the shares KEPT of its slots, the most looked at and the recent: [KEPT]."""
+    used, pos = sequence.slots(layer)
+    lost = np.zeros(len(KEPT))
+    for head, weights in enumerate(attention(sequence, layer, WINDOW)):
+        votes = weights.mean((0, 1))
+        pooled = functional.avg_pool1d(votes[None], POOL, 1, POOL // 2, count_include_pad=False)[0, : len(votes)]
+        at, here = pos[head].ravel(), used[head].ravel()
+        sure = (at < SINKS) | (at >= sequence.length - RECENT)
+        score = pooled.masked_fill(torch.from_numpy(sure & here).to(votes.device), torch.inf)
+        score = score.masked_fill(torch.from_numpy(~here).to(votes.device), -torch.inf)
+        falling = votes[score.argsort(descending=True)].cumsum(0).cpu().numpy()
+        kept = [max(1, round(share * sequence.length) - sequence.tail_len) for share in KEPT]
+        lost += [falling[-1] - falling[min(n, len(falling)) - 1] for n in kept]
+    return lost / len(used)
