@@ -75,7 +75,7 @@ class Plan:
     @property
     def window(self) -> int:
         """Queries the observation ring must hold for this plan (0: no ring)."""
-        return max((getattr(s, "window", 0) for s in self.stages if "queries" in s.needs), default=0)
+        return max((stage.queries for stage in self.stages), default=0)
 
     def features(self) -> dict[str, float]:
         """Plan features as the selector sees them (features/schema.py)."""

@@ -185,7 +185,7 @@ def test_draw(name):
     assert {r.split for r in some} == {"certify", "select"} and set(some[:20]) <= set(drawn)
     assert len({(r.kind, r.seed) for r in drawn}) == len(drawn)  # no generated text comes twice
     lone = dataclasses.replace(mix, splits={"train": 1.0})
-    with pytest.raises(AdaptiveKVError, match="'certify': scenario .* has train"):
+    with pytest.raises(AdaptiveKVError, match=r"'certify': scenario .* has train"):
         workload.draw(lone, 4, 0, None, ("certify",))
 
 

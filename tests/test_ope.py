@@ -337,7 +337,7 @@ REFUSED = {
     "request 'test-0' are missing": lambda r: r | {"probs": [float("nan")] * 7},
     "feature 'log10_quality' of request 'test-0' is nan": lambda r: feature(r, "log10_quality", np.nan),
     "feature 'turn' is infinite": lambda r: feature(r, "turn", np.inf),
-    "feature 'keep' of request": lambda r: r | {"plan_features": [np.nan] * 8},
+    "feature 'keep' of request": lambda r: r | {"plan_features": [np.nan] * len(schema.PLAN_NAMES)},
     "policy_version 'replay'": lambda r: r | {"policy_version": "replay"},
     "label_kind is replay in some rows and online": lambda r: r | {"label_kind": "replay"},
     "label_prob of a labelled row": lambda r: r | {"label_prob": 0.0},

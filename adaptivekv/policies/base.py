@@ -51,6 +51,11 @@ class Stage:
     def apply(self, sequence: Sequence) -> None:
         """Bring the sealed pages into the state this stage asks for; safe to repeat as the request grows."""
 
+    @property
+    def queries(self) -> int:
+        """How many of a prompt's last queries it wants to see."""
+        return getattr(self, "window", 0) if "queries" in self.needs else 0
+
     def features(self) -> dict[str, float]:
         """What a selector sees of this stage (features/schema.py PLAN_NAMES)."""
         return {}

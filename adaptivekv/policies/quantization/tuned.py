@@ -12,15 +12,17 @@ from adaptivekv.memory.distortion import distortion
 from adaptivekv.memory.formats import CODES
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
-from adaptivekv.policies.base import share, whole
+from adaptivekv.policies.base import share
 from adaptivekv.policies.quantization.base import Mixed, demotable
+
+QUERIES = 32
 
 
 @dataclass(frozen=True)
 class Tuned(Mixed):
     """The share `layers` of the layers, those that suffer most from `low`, in `high`; the others in `low`.
 
-    When a request's pages first settle, at the end of its prompt, each layer's attention output for the last `window`
+    When a request's pages first settle, at the end of its prompt, each layer's attention output for the last 32
     queries is worked out with its pages as they are and as `low` would leave them; the relative error ranks the layers.
     Later pages follow their layer. Without queries (a prompt too short to leave settled pages), the error of the keys
     and values themselves ranks. Layers of one shape compete with each other, so the bytes are known beforehand.
@@ -43,7 +45,10 @@ class Tuned(Mixed):
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", share("layers", self.layers))
         super().__post_init__()
-        whole("window", self.window, 1)  # its queries are needed
+
+    @property
+    def queries(self) -> int:
+        return QUERIES
 
     def apply(self, sequence: Sequence) -> None:
         (high, low), select = self.formats, self.settled(sequence)
@@ -62,7 +67,7 @@ class Tuned(Mixed):
             return np.array([bool((code == high).any()) for code in codes])
         shapes, wide = sequence.pool.layers, np.zeros(len(codes), bool)
         low_only = self.formats[-1:]
-        error = np.array([distortion(sequence, i, pages, low_only, self.window)[0] for i, pages in enumerate(select)])
+        error = np.array([distortion(sequence, i, pages, low_only, QUERIES)[0] for i, pages in enumerate(select)])
         for shape in set(shapes):
             alike = np.array([i for i, s in enumerate(shapes) if s == shape])
             best = np.argsort(-error[alike], kind="stable")
