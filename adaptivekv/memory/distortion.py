@@ -38,7 +38,7 @@ def distortion(
             total += float(out.square().sum())
         else:
             total += float(k.square().sum() + v.square().sum())
-        for i, fmt in enumerate(formats):
+        for i, fmt in enumerate(formats if chosen.any() else ()):
             k_low, v_low = _narrowed(sequence, layer, head, chosen, fmt, k, v)
             if queries is not None:
                 blurred = seen.clone()
