@@ -49,7 +49,8 @@ def test_loop(local_ray, store, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("ADAPTIVEKV_CACHE", str(Path.home() / ".cache" / "adaptivekv"))
     seen = []
-    got = collect("mixed", 4, tracking_uri=store, progress=lambda done, total: seen.append((done, total)), **SMALL)
+    mine = {"tracking_uri": store, "splits": ("train", "select"), **SMALL}
+    got = collect("mixed", 4, progress=lambda done, total: seen.append((done, total)), **mine)
     assert seen == [(i, 4) for i in range(5)]
     assert (got["requests"], got["rows"], got["failed"], got["folder"]) == (4, 16, {}, None)
     assert not list((tmp_path / "cache" / "adaptivekv" / "collect").iterdir())
@@ -60,7 +61,7 @@ def test_loop(local_ray, store, tmp_path, monkeypatch):
     full = rows.plan == "full"
     assert (rows.loss[full] == 0).all() and (rows.loss[~full] > 0).any()
     assert (rows.device_bytes[full] >= rows.device_bytes[rows.plan == "int4"]).all()
-    assert (rows.step_ms > 0).all() and Counter(rows.split) == {"train": 7, "select": 3}
+    assert (rows.step_ms > 0).all() and Counter(rows.split) == {"train": 12, "select": 4}
     unknown = {name for name, x in zip(schema.NAMES, rows.state.T, strict=True) if np.isnan(x).all()}
     assert unknown <= {"log2_question"} | {n for n in schema.ATTENTION}  # some prompts are too short for page mass
     assert {"kl/int4", "device/int4", "host/int4", "step_ms/int4"} <= got["metrics"].keys()
