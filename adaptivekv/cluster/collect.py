@@ -67,7 +67,7 @@ def collect(
     model = str(Path(model).resolve()) if model and Path(model).is_dir() else model
     mix = scenario if isinstance(scenario, workload.Scenario) else workload.load(scenario or "mixed")
     names = tuple(dict.fromkeys(["full", *(str(Plan.parse(plan)) for plan in plans or CANDIDATES)]))
-    drawn = workload.draw(mix, requests, seed, max_tokens, splits or trajectories.SPLITS)
+    drawn = workload.draw(mix, requests, seed, max_tokens, splits or None)
     settings = {
         "scenario": dataclasses.asdict(mix), "seed": seed, "plans": list(names), "max_tokens": max_tokens,
         "new_tokens": new_tokens, "model": model, "schema": schema.VERSION, "splits": list(splits or ()),

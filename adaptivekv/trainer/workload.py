@@ -150,20 +150,19 @@ def _weights(values: Any, name: str, known: list[str]) -> dict[str, float]:
 
 
 def draw(
-    scenario: Scenario, count: int, seed: int = 0, max_tokens: int | None = None, only: Collection[str] = SPLITS
+    scenario: Scenario, count: int, seed: int = 0, max_tokens: int | None = None, only: Collection[str] | None = None
 ) -> list[Request]:
     """The first `count` requests of a seed; more of them begin with the same ones.
 
-    max_tokens: of a prompt. only: the splits wanted; the first request of a split is the same whatever is drawn beside
+    max_tokens: of a prompt. only: the splits wanted (None: all); the first request of a split is the same whatever is drawn beside
     it. AdaptiveKVError for a split the scenario has no share of.
     """
-    for split in set(only) - set(scenario.splits):
-        if split not in SPLITS or only is not SPLITS:
-            raise AdaptiveKVError(f"split {split!r}: scenario {scenario.name} has {', '.join(scenario.splits)}")
+    if unknown := set(only or ()) - set(scenario.splits):
+        raise AdaptiveKVError(f"split {min(unknown)!r}: scenario {scenario.name} has {', '.join(scenario.splits)}")
     least, most = scenario.tokens
     most = min(most, max_tokens or most)
     least = min(least, most)
-    wanted = {split: share for split, share in scenario.splits.items() if split in only}
+    wanted = {split: share for split, share in scenario.splits.items() if only is None or split in only}
     splits = _rota(wanted, np.zeros(len(wanted)))
     kinds: dict[str, Iterator[str]] = {}
     numbers: Counter[str] = Counter()
