@@ -154,8 +154,8 @@ def draw(
 ) -> list[Request]:
     """The first `count` requests of a seed; more of them begin with the same ones.
 
-    max_tokens: of a prompt. only: the splits wanted (None: all); the first request of a split is the same whatever is drawn beside
-    it. AdaptiveKVError for a split the scenario has no share of.
+    max_tokens: of a prompt. only: the splits wanted (None: all); the first request of a split is the same whatever is
+    drawn beside it. AdaptiveKVError for a split the scenario has no share of.
     """
     if unknown := set(only or ()) - set(scenario.splits):
         raise AdaptiveKVError(f"split {min(unknown)!r}: scenario {scenario.name} has {', '.join(scenario.splits)}")
