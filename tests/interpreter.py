@@ -10,6 +10,9 @@ import pytest
 
 import adaptivekv
 
+SEED = int(os.environ.get("ADAPTIVEKV_FUZZ", 1))
+"""Of the random shapes: fixed, so that a run can be repeated; another value tries others."""
+
 
 def run_in_interpreter(file: str, seconds: float = 400) -> None:
     """`python file` under TRITON_INTERPRET=1 must succeed: that is fixed when the kernels are first imported."""

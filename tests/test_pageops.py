@@ -1,10 +1,8 @@
 """Changes of stored pages: the torch functions against the codecs, the Triton kernels against the torch functions."""
 
-import os
-
 import pytest
 import torch
-from interpreter import run_in_interpreter
+from interpreter import SEED, run_in_interpreter
 
 from adaptivekv.kernels import CODECS, DECODED, PAGE, UNIT, hadamard, pageops
 
@@ -86,8 +84,10 @@ def close_parts(got, want, codec, dim, dtype):
     n, end = len(got), codec.payload_bytes(dim, dtype)
     a, b = codec.unpack(got, dim, dtype), codec.unpack(want, dim, dtype)
     if codec.native:
-        # float32 sums of up to 256 products in another order differ by more than a last bit where they cancel
-        torch.testing.assert_close(a[0], b[0], rtol=torch.finfo(dtype).eps * 4, atol=max(1e-4, torch.finfo(dtype).eps))
+        # a float32 sum of `dim` products in another order may be off by dim last bits of the whole row's norm
+        row = b[0].float().norm(dim=-1, keepdim=True) * dim * torch.finfo(torch.float32).eps
+        allowed = row + 4 * torch.finfo(dtype).eps * (b[0].float().abs() + 1)
+        assert bool(((a[0].float() - b[0].float()).abs() <= allowed).all())
         return
     for mine, other in zip(a[1], b[1], strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-3)
@@ -146,8 +146,7 @@ def check_triton(device, cases):
     """Random shapes and formats through the Triton kernels and the torch functions, outputs poisoned."""
     from adaptivekv.kernels import pagekernels
 
-    seed = int.from_bytes(os.urandom(3), "little")
-    gen = generator(seed)
+    seed, gen = SEED, generator(SEED)
 
     def pick(options):
         return options[int(torch.randint(len(options), (1,), generator=gen))]
