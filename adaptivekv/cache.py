@@ -270,13 +270,13 @@ class AdaptiveCache(Cache):
         if self.frozen:
             return
         prompt = self.reading if self.reading is not None else q_len > 1 or self.seen == 0
-        for request in self.requests:
+        for request, new in zip(self.requests, self._new, strict=True):
             if prompt and not request.prefilling:
                 self.controller.begin_turn(request)
             elif not prompt:
                 if request.prefilling:
                     self.controller.end_prefill(request)
-                self.controller.step(request)
+                self.controller.step(request, new)
         columns = sum(r.sequence.columns_needed(n) for r, n in zip(self.requests, self._new, strict=True))
         if columns:
             self.controller.reserve(

@@ -85,7 +85,7 @@ def generate(
 
     chooser = RuleTable() if plan is not None else find_champion(selector)
     loaded = load(model, device, dtype)
-    talk = Session(loaded, Options(budget, quality, plan, chooser, seed=seed))
+    talk = Session(loaded, Options(budget, quality, plan, chooser, seed=seed, goes_on=bool(session)))
     before = (talk.restore(folder, max_new_tokens) if folder else None) or []
     if question:
         if not before:

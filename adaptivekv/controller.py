@@ -149,11 +149,12 @@ class Controller:
         if not self.watch:
             request.sequence.drop_ring()
 
-    def step(self, request: Request) -> None:
-        """Before a decode step: decide again when an epoch is over, otherwise keep the plan's state."""
-        request.generated += 1
+    def step(self, request: Request, new: int = 1) -> None:
+        """Before a decode step of `new` tokens: decide again when an epoch is over, otherwise keep the plan's state."""
+        epoch = request.generated // self.epoch
+        request.generated += new
         self.steps += 1
-        if request.generated % self.epoch == 0 and self.fixed is None:
+        if request.generated // self.epoch > epoch and self.fixed is None:
             plan = self._decide(request, "epoch")
             if plan != request.plan:
                 request.plan = plan
@@ -165,7 +166,7 @@ class Controller:
         """Whether this step should measure page mass: any step of a prompt, or the last step of an epoch."""
         if request.prefilling:
             return any("mass" in plan.needs for plan in self.possible)
-        return request.generated % self.epoch == self.epoch - 1
+        return (request.generated + 1) % self.epoch == 0
 
     def reserve(self, requests: list[Request], need: int) -> None:
         """Have `need` device bytes free for the step under way, or raise BudgetError; what gave way is recorded."""

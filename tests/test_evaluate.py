@@ -7,10 +7,11 @@ from adaptivekv import AdaptiveCache, AdaptiveKVError
 from adaptivekv.controller import Controller
 from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.trainer.evaluate import COLUMNS, NEW, evaluate
-from adaptivekv.trainer.replay import reference, replay
+from adaptivekv.trainer.replay import _Run, reference, replay
 from adaptivekv.trainer.tasks import BOOK, TASKS, Task, haystack, make
 
 LENGTH = 400
+ROUNDING = 1e-6  # nats: known tokens are forced many at a time, sums in another order
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_full_loses_nothing_and_leaves_the_reference_as_it_was(read):
         assert (pool.device_used, pool.host_used, read.cache.seen) == (used, 0, seen)
         pool.check_integrity()
     again = replay(read, "full", text=6)
-    assert again.kl_mean == 0 and again.flip_rate == 0 and again.text == read.text
+    assert again.kl_mean < ROUNDING and again.flip_rate == 0 and again.text == read.text
     assert again.device_bytes == read.cache.sequences[0].bytes(DEVICE) - _ring(read) <= again.device_peak
 
 
@@ -138,7 +139,23 @@ def test_eviction_sees_the_same_queries_as_a_cache_of_its_own(smol, needle):
             if at + len(part) >= len(ids):
                 full, ours = made.logits[len(losses)], out.log_softmax(-1)
                 losses.append(float((full.exp() * (full - ours)).sum()))
-    assert losses == pytest.approx(run.kl, abs=1e-4)
+    assert losses == pytest.approx(run.kl, abs=2e-3)  # rounding falls otherwise
+    made.free()
+
+
+def test_every_answer_of_a_conversation_counts(smol, needle, monkeypatch):
+    """Forced many at a time or one by one, across a page that is sealed: the same losses."""
+    document, question = needle.ids(smol.tokenizer)
+    said = smol.tokenizer("\nAnd who speaks first in the text?", verbose=False).input_ids * 4
+    made = reference(smol, document + question, 16, follow=[said])
+    assert [len(turn.tokens) for turn in made.turns] == [16, 16] and made.turns[1].ids == said
+    assert made.length == len(document + question + said) + 32 == made.full_bytes // 23_040
+    whole = {plan: replay(made, plan) for plan in ("full", "snapkv(0.5) | int4", "k4v2 | offload(0.3)")}
+    monkeypatch.setattr(_Run, "_forced", lambda run, tokens: (run.step([token]) for token in tokens))
+    for plan, run in whole.items():
+        assert len(run.kl) == 32 and replay(made, plan).kl == pytest.approx(run.kl, abs=2e-3)  # rounding falls otherwise
+    assert whole["full"].kl_worst < ROUNDING < whole["snapkv(0.5) | int4"].kl_mean
+    assert max(whole["snapkv(0.5) | int4"].kl[17:]) > ROUNDING, "the second answer is judged too"
     made.free()
 
 
@@ -180,7 +197,7 @@ def test_rows(smol):
         assert 0 <= row["score"] <= 1 and 0 <= row["kl"] <= row["kl_worst"] and row["seconds"] > 0
         assert 0 < row["kv_bytes_end"] <= row["kv_bytes_peak"]
     full, int8, _ = rows
-    assert full["score"] == 1 and full["kl"] == full["flip_rate"] == 0
+    assert full["score"] == 1 and full["kl"] < ROUNDING and full["flip_rate"] == 0
     assert int8["kl"] < 1e-3 and int8["kv_ratio"] < full["kv_ratio"] < 1.3
 
 

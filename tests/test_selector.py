@@ -55,9 +55,9 @@ def folder(models, tmp_path):
 
 
 def test_row_order_and_unknown_name():
-    assert len(set(schema.NAMES)) == len(schema.NAMES) == 46
+    assert len(set(schema.NAMES)) == len(schema.NAMES) == 53
     got = schema.row({"turn": 2, "log2_prompt": 10})
-    assert got[schema.NAMES.index("turn")] == 2 and got[0] == 10 and np.isnan(got).sum() == 44
+    assert got[schema.NAMES.index("turn")] == 2 and got[0] == 10 and np.isnan(got).sum() == 51
     with pytest.raises(AdaptiveKVError, match=r"sink_erly.*did you mean 'sink_early'"):
         schema.row({"sink_erly": 1.0})
 

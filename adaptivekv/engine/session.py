@@ -40,6 +40,7 @@ class Options:
     kv_dtype: torch.dtype | None = None  # None: 16 bits, whatever the model computes in
     epsilon: float = 0.0
     seed: int = 0
+    goes_on: bool = True  # more turns may follow: what an eviction drops may still be asked for
     graphs: bool = True  # replay decode steps as CUDA graphs where that is possible
 
 
@@ -173,7 +174,7 @@ class Session:
                 self.cache.truncate(common)
             del self.tokens[common:]
         if not self.cache.requests:
-            self.cache.expect(len(ids), new, text_features(text, ids))
+            self.cache.expect(len(ids), new, text_features(text, ids) | {"session": float(self.options.goes_on)})
         step, logits = self.cache.chunk, None
         self.cache.reading = True
         for start in range(common, len(ids), step):

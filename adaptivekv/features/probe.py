@@ -24,7 +24,8 @@ SINKS, RECENT = 4, 64  # tokens no plan touches
 def probe_features(sequence: Sequence) -> dict[str, float]:
     """Empty without queries in the observation ring or pages to change.
 
-    lost_K: attention to the sealed slots outside the K percent that it looks at most, of 1, mean over heads.
+    lost_K: attention to the sealed slots outside the K percent that it looks at most, of 1, mean over heads; spread:
+    standard deviation over heads of the same at 50 percent. norms: that of the key norms over their mean.
     error_F: squared error of the layer's attention output with its pages in format F, over the squared output.
     """
     if not (sequence.ring and sequence.ring_fill and sequence.ids[0].size):
@@ -34,9 +35,10 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
         if not len(part):
             continue
         layer = int(part[len(part) // 2])
-        out |= {
-            f"lost_{100 * share:.0f}_{group}": float(x) for share, x in zip(KEPT, _lost(sequence, layer), strict=True)
-        }
+        lost = _lost(sequence, layer)  # [KEPT, H]
+        out |= {f"lost_{100 * share:.0f}_{group}": float(x) for share, x in zip(KEPT, lost.mean(1), strict=True)}
+        out[f"spread_{group}"] = float(lost[KEPT.index(0.5)].std())
+        out[f"norms_{group}"] = _norms(sequence, layer)
         ids, pool = sequence.ids[layer], sequence.pool
         settled = (ids >= 0) & (pool.first[ids] >= SINKS) & (pool.last[ids] < sequence.length - RECENT)
         errors = distortion(sequence, layer, settled, tuple(FORMATS[name + "r"] for name in NARROWED), WINDOW)
@@ -45,9 +47,9 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
 
 
 def _lost(sequence: Sequence, layer: int) -> np.ndarray:
-    """Attention lost if each head keeps the shares KEPT of its slots, the most looked at and the recent: [KEPT]."""
+    """Attention lost if a head keeps the shares KEPT of its slots, the most looked at and the recent: [KEPT, H]."""
     used, pos = sequence.slots(layer)
-    lost = np.zeros(len(KEPT))
+    lost = np.zeros((len(KEPT), len(used)))
     for head, weights in enumerate(attention(sequence, layer, WINDOW)):
         votes = weights.mean((0, 1))
         pooled = functional.avg_pool1d(votes[None], POOL, 1, POOL // 2, count_include_pad=False)[0, : len(votes)]
@@ -57,5 +59,15 @@ def _lost(sequence: Sequence, layer: int) -> np.ndarray:
         score = score.masked_fill(torch.from_numpy(~here).to(votes.device), -torch.inf)
         falling = votes[score.argsort(descending=True)].cumsum(0).cpu().numpy()
         kept = [max(1, round(share * sequence.length) - sequence.tail_len) for share in KEPT]
-        lost += [falling[-1] - falling[min(n, len(falling)) - 1] for n in kept]
-    return lost / len(used)
+        lost[:, head] = [falling[-1] - falling[min(n, len(falling)) - 1] for n in kept]
+    return lost
+
+
+def _norms(sequence: Sequence, layer: int) -> float:
+    """How unequal the sealed keys of a head are in length: standard deviation over mean, mean over heads."""
+    used, _ = sequence.slots(layer)
+    found = []
+    for head, here in enumerate(used):
+        norms = sequence.keys(layer, head).norm(dim=-1)[torch.from_numpy(here.ravel()).to(sequence.pool.device)]
+        found.append(norms.std(unbiased=False) / norms.mean().clamp_min(1e-9))
+    return float(torch.stack(found).mean())

@@ -8,13 +8,14 @@ import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
 
-VERSION = 2
+VERSION = 3
 
 REQUEST = (
     "log2_prompt",  # tokens of the prompt
     "log2_new",  # max_new_tokens
     "log2_generated",  # log2(1 + tokens generated so far)
     "turn",  # of the conversation, from 0
+    "session",  # 1: more turns may follow, 0: none will
     "budget_ratio",  # budget bytes / full 16-bit bytes; 1.0 without a budget
     "log10_quality",  # SLO in nats per token, clipped to [-5, 1]
     "digit_share",  # of the prompt's characters
@@ -32,13 +33,14 @@ PROBE = tuple(
     for what in (*(f"lost_{100 * kept:.0f}" for kept in KEPT), *(f"error_{name}" for name in NARROWED))
     for group in GROUPS
 )
+KEYS = tuple(f"{what}_{group}" for what in ("spread", "norms") for group in GROUPS)
 LOGITS = ("logit_entropy", "logit_margin")
 SYSTEM = (
     "pressure",  # device bytes used / budget
     "host_room",  # host bytes free / full bytes
     "log10_link",  # GB/s between host and device
 )
-NAMES: tuple[str, ...] = REQUEST + ATTENTION + PROBE + LOGITS + SYSTEM
+NAMES: tuple[str, ...] = REQUEST + ATTENTION + PROBE + KEYS + LOGITS + SYSTEM
 
 PLAN_NAMES: tuple[str, ...] = (
     "keep",  # share of tokens kept

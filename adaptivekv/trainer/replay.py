@@ -4,14 +4,18 @@ A prompt is read once, with the full cache. Every plan then starts from a copy o
 that plans cannot disturb each other and bytes, peak and budget are those of a request that runs alone. The loss is the
 KL divergence of the plan from the full cache (arXiv 2407.09141 on why, and why flips belong beside it), per generated
 token. The first token's logits come from the prompt's own forward, before any plan can act: it counts, with no loss,
-unless a question follows the compressed document.
+unless a question follows the compressed document. In a conversation every answer counts.
+
+Tokens that are known are forced many at a time, up to the next page to be sealed: what a plan does to the cache happens
+between pages. Only pages chosen anew for each token (`retrieve`), and a controller that may decide anew, need single
+steps.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +27,7 @@ from adaptivekv.cache import AdaptiveCache
 from adaptivekv.controller import CANDIDATES, Controller, Decision
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features.request import text_features
+from adaptivekv.kernels.codec import PAGE
 from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.sequence import Sequence
@@ -32,14 +37,24 @@ from adaptivekv.plan import Plan
 from adaptivekv.recall import recall
 
 Budget = str | float | int | None
+TIMED = 2  # decode steps that are timed after the last token
+
+
+@dataclass
+class Turn:
+    """What the full cache answers. tokens [m] are greedy, m = `new` or, where generation stopped, fewer; logits [m, V]
+    are float32 log-probabilities, row i over token i."""
+
+    ids: list[int]  # said before it; nothing in the first turn, whose prompt is the reference's
+    tokens: list[int]
+    logits: Tensor
 
 
 @dataclass
 class Reference:
-    """One prompt read with the full cache, and the tokens it goes on with. `free()` gives the cache back.
+    """One prompt read with the full cache, and what it goes on with. `free()` gives the cache back.
 
-    tokens [m] are greedy, m = `new` or, where generation stopped, fewer; logits [m, V] float32 log-probabilities,
-    row i over token i. `cache` holds the document (all of the prompt, unless there are `question_ids`).
+    `cache` holds the document (all of the first prompt, unless there are `question_ids`).
     """
 
     loaded: LoadedModel
@@ -47,9 +62,9 @@ class Reference:
     last: Tensor  # logits [V] after the document
     ids: list[int]
     question_ids: list[int]
-    new: int
-    tokens: list[int]
-    logits: Tensor
+    new: int  # tokens an answer may have
+    turns: list[Turn]
+    length: int  # of everything, with answers of `new` tokens
     seconds: float  # reading the document
 
     @property
@@ -57,13 +72,22 @@ class Reference:
         return len(self.ids) + len(self.question_ids)
 
     @property
+    def tokens(self) -> list[int]:
+        return [token for turn in self.turns for token in turn.tokens]
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat([turn.logits for turn in self.turns])
+
+    @property
     def text(self) -> str:
         return self.loaded.tokenizer.decode(self.tokens, skip_special_tokens=True)
 
     @property
     def full_bytes(self) -> int:
-        """A 16-bit cache of the prompt and the tokens that were generated."""
-        return sum(s.slot_elements for s in self.cache.shapes) * 2 * (self.prompt + len(self.tokens))
+        """A 16-bit cache of everything said and generated."""
+        tokens = self.prompt + sum(len(turn.ids) + len(turn.tokens) for turn in self.turns)
+        return sum(s.slot_elements for s in self.cache.shapes) * 2 * tokens
 
     def free(self) -> None:
         self.cache.clear()
@@ -77,8 +101,8 @@ class Replay:
     kl_mean: float
     kl_worst: float
     flip_rate: float  # share of the tokens whose most likely choice differs
-    step_ms: float  # median decode step
-    apply_s: float  # deciding and applying at the end of the prompt
+    step_ms: float  # the quicker of two decode steps after the last token; processor time on one thread of a CPU
+    apply_s: float  # deciding and applying at the end of the first prompt, likewise
     device_bytes: int
     host_bytes: int
     device_peak: int  # most held at once, the full cache before the plan was applied and staging included
@@ -99,12 +123,14 @@ def reference(
     question_ids: list[int] | None = None,
     stop: bool = False,
     plans: tuple[str, ...] = (),
+    follow: Iterable[list[int]] = (),
 ) -> Reference:
     """Read `ids` with the full cache, watched as any plan would need it, and go on greedily for `new` tokens.
 
     kv_dtype: of native pages (None: 16 bits). question_ids: what follows the document; plans are then applied before
     it is read (question-agnostic), else to all of `ids`. stop: end with the model's own stop token, as an answer does.
-    plans: those to be replayed, where they need more queries than the candidates do.
+    plans: those to be replayed, where they need more queries than the candidates do. follow: token ids of the turns
+    after the first, each with an answer of its own.
     """
     question = question_ids or []
     if not ids or new < 1:
@@ -112,7 +138,8 @@ def reference(
     model = loaded.model
     dtype = kv_dtype or (torch.float16 if model.dtype == torch.float32 else model.dtype)
     watch = Controller(Plan(), candidates=tuple(dict.fromkeys(CANDIDATES + plans)), watch=True)
-    total = len(ids) + len(question) + new
+    follow = list(follow)
+    total = len(ids) + len(question) + sum(map(len, follow)) + new * (1 + len(follow))
     cache = AdaptiveCache(model, kv_dtype=dtype, controller=watch, max_tokens=total, host=0)
     if cache.positions and total > cache.positions:
         raise AdaptiveKVError(f"{total} tokens, answer included: the model has {cache.positions} positions; shorten it")
@@ -122,11 +149,14 @@ def reference(
     last = _feed(loaded, cache, ids, 0)
     if watch.recalls:
         recall(model, cache, torch.tensor([ids], device=loaded.device))
-    made = Reference(loaded, cache, last, ids, question, new, [], last[None], time.perf_counter() - start)
+    made = Reference(loaded, cache, last, ids, question, new, [], total, time.perf_counter() - start)
     run = _Run(made, Controller(Plan()), None)
     stops = stop_tokens(loaded) if stop else set()
-    made.tokens, logits = run.generate(new, stops)
-    made.logits = torch.stack(logits)
+    for said in [[], *follow]:
+        if said:
+            run.hear(made.turns[-1], said)
+        tokens, logits = run.generate(new, stops)
+        made.turns.append(Turn(said, tokens, torch.stack(logits)))
     run.free()
     return made
 
@@ -137,7 +167,7 @@ def replay(
     budget: Budget = None,
     text: int = 0,
 ) -> Replay:
-    """Force the reference's tokens through a plan (or whatever a fresh controller chooses), one decode step each.
+    """Force the reference's tokens through a plan (or whatever a fresh controller chooses).
 
     budget: as for AdaptiveCache; pages beyond it wait in host memory until the plan is applied, as while a prompt is
     read. text: also answer freely with up to this many tokens (`new` at most). The reference is left as it was.
@@ -197,7 +227,7 @@ class _Run:
         new = reference.new
         self.cache = cache = AdaptiveCache(
             self.loaded.model, budget, controller.quality, kv_dtype=mine.dtype, controller=controller,
-            max_tokens=reference.prompt + new,
+            max_tokens=reference.length + TIMED,
         )  # fmt: skip
         cache.expect(reference.prompt, new, {k: v for k, v in theirs.facts.items() if not k.startswith("logit_")})
         cache.admit(1, [mine.seen])
@@ -209,18 +239,33 @@ class _Run:
             own if isinstance(own, AdaptiveLayer) else copy.deepcopy(theirs)
             for own, theirs in zip(cache.layers, mine.layers, strict=True)
         ]
-        start = time.perf_counter()
+        quiet = reference.loaded.device.type == "cpu" and torch.get_num_threads() == 1
+        self.clock = time.thread_time if quiet else time.perf_counter  # a busy machine's clock says nothing of a step
+        self.stops = stop_tokens(reference.loaded)
+        start = self.clock()
         cache.end_prefill()
-        self.apply_s = time.perf_counter() - start
+        self.apply_s = self.clock() - start
         self.at, self.logits = len(reference.ids), reference.last
         if reference.question_ids:
             self.logits = _feed(self.loaded, cache, reference.question_ids, self.at)
             self.at += len(reference.question_ids)
             self.request.prefilling = False  # the question stays native: the plan was for the document
 
-    def step(self, token: int) -> None:
-        self.logits = _feed(self.loaded, self.cache, [token], self.at)
-        self.at += 1
+    def step(self, tokens: list[int]) -> Tensor:
+        """One decode step of tokens that are known: logits [n, V] after each."""
+        self.cache.reading = False
+        rows = _forward(self.loaded, self.cache, tokens, self.at, keep=len(tokens))
+        self.cache.reading, self.logits = None, rows[-1]
+        self.at += len(tokens)
+        return rows
+
+    def hear(self, before: Turn, said: list[int]) -> None:
+        """The next turn of the conversation; of the answer before, the last token was not fed yet."""
+        last = [token for token in before.tokens[-1:] if token not in self.stops]  # `said` begins with the stop itself
+        self.cache.reading = True
+        self.logits = _feed(self.loaded, self.cache, last + said, self.at)
+        self.cache.reading = None
+        self.at += len(last) + len(said)
 
     def generate(self, new: int, stops: set[int]) -> tuple[list[int], list[Tensor]]:
         """Greedy tokens up to `new`, the stop token included, and the log-probabilities [V] each was chosen by."""
@@ -231,27 +276,27 @@ class _Run:
             tokens.append(int(rows[-1].argmax()))
             if len(tokens) == new or tokens[-1] in stops:
                 return tokens, rows
-            self.step(tokens[-1])
+            self.step(tokens[-1:])
 
     def forced(self) -> Replay:
         """The reference's tokens, whatever this run would have chosen."""
-        losses, flips, times = [], 0, []
-        for i, token in enumerate(self.reference.tokens):
-            full, ours = self.reference.logits[i], self.logits.float().log_softmax(-1)
-            losses.append(max(0.0, float((full.exp() * (full - ours)).sum())))
-            flips += int(ours.argmax()) != token
-            if i + 1 < len(self.reference.tokens):
-                start = time.perf_counter()
-                self.step(token)  # ends with a read of the logits, so a GPU is waited for
-                times.append(time.perf_counter() - start)
+        losses: list[float] = []
+        flips = 0
+        for i, turn in enumerate(self.reference.turns):
+            if i:
+                self.hear(self.reference.turns[i - 1], turn.ids)
+            ours = torch.cat([self.logits[None], *self._forced(turn.tokens[:-1])]).float().log_softmax(-1)
+            full = turn.logits
+            losses += (full.exp() * (full - ours)).sum(-1).clamp_min(0.0).tolist()
+            flips += int((ours.argmax(-1).cpu() != torch.tensor(turn.tokens)).sum())
         pool, sequence = self.cache.pool, self.request.sequence
         assert pool is not None
-        return Replay(
+        made = Replay(
             plan=str(self.request.plan),
             kl_mean=float(np.mean(losses)),
             kl_worst=max(losses),
             flip_rate=flips / len(losses),
-            step_ms=1e3 * statistics.median(times) if times else 0.0,
+            step_ms=0.0,
             apply_s=self.apply_s,
             device_bytes=sequence.bytes(DEVICE),
             host_bytes=sequence.bytes(HOST),
@@ -261,6 +306,22 @@ class _Run:
             decisions=list(self.request.decisions),
             kl=losses,
         )
+        made.step_ms = 1e3 * min(self._timed(turn.tokens[-1]) for _ in range(TIMED))
+        return made
+
+    def _forced(self, tokens: list[int]) -> Iterator[Tensor]:
+        """Logits [n, V] after each token, as many at a time as pages and plan allow."""
+        controller, sequence = self.cache.controller, self.request.sequence
+        single = controller.fixed is None or controller.fixed.stage("retrieve") is not None
+        while tokens:
+            n = 1 if single else PAGE - sequence.tail_len
+            yield self.step(tokens[:n])
+            tokens = tokens[n:]
+
+    def _timed(self, token: int) -> float:
+        start = self.clock()
+        float(self.step([token])[0, 0])  # a read, so a GPU is waited for
+        return self.clock() - start
 
     def free(self) -> None:
         self.cache.clear()
@@ -310,11 +371,17 @@ def stop_tokens(loaded: LoadedModel) -> set[int]:
 
 def _feed(loaded: LoadedModel, cache: AdaptiveCache, ids: list[int], at: int) -> Tensor:
     """Forward `ids`, which stand at position `at` and after, in chunks. Returns the last logits [V]."""
-    out = None
-    for start in range(0, len(ids), cache.chunk):
-        part = torch.tensor([ids[start : start + cache.chunk]], device=loaded.device)
-        where = torch.arange(at + start, at + start + part.shape[1], device=loaded.device)[None]
-        out = loaded.model(part, past_key_values=cache, position_ids=where, logits_to_keep=1).logits[:, -1]
-        cache.observe_logits(out)
+    step, out = cache.chunk, None
+    for start in range(0, len(ids), step):
+        out = _forward(loaded, cache, ids[start : start + step], at + start)
     assert out is not None
-    return out[0]
+    return out[-1]
+
+
+def _forward(loaded: LoadedModel, cache: AdaptiveCache, ids: list[int], at: int, keep: int = 1) -> Tensor:
+    """Forward `ids` at position `at` and after. Returns the last `keep` rows of logits [keep, V]."""
+    part = torch.tensor([ids], device=loaded.device)
+    where = torch.arange(at, at + len(ids), device=loaded.device)[None]
+    out = loaded.model(part, past_key_values=cache, position_ids=where, logits_to_keep=keep).logits[0]
+    cache.observe_logits(out[-1:])
+    return out

@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
         ("request_id", pa.string()),
         ("session_id", pa.string()),
         ("step", pa.int64()),  # generated tokens at the decision
+        ("moment", pa.string()),  # of the decision: "admission", "prefill", "epoch" or "pressure"
         ("schema_version", pa.int64()),  # of the features
         ("features", pa.list_(pa.float64())),  # [F], NaN = not known
         ("plans", pa.list_(pa.string())),  # the candidates; `allowed` and `probs` are theirs
@@ -33,7 +34,8 @@ SCHEMA = pa.schema(
         ("pressure_override", pa.bool_()),
         ("policy_version", pa.string()),
         ("seed", pa.int64()),
-        ("scenario", pa.string()),
+        ("scenario", pa.string()),  # name of the workload; "serve": live traffic
+        ("kind", pa.string()),  # of the text
         ("split", pa.string()),
         ("document", pa.string()),
         ("device_byte_s", pa.float64()),
@@ -44,15 +46,16 @@ SCHEMA = pa.schema(
         ("device_bytes", pa.int64()),
         ("host_bytes", pa.int64()),
         ("tokens", pa.int64()),  # generated under the plan
+        ("shadow", pa.string()),  # the plan that a challenger would have chosen, null without one
         ("label_loss", pa.float64()),  # mean nats per token, null = not labelled
         ("label_worst", pa.float64()),
         ("label_flip", pa.float64()),
         ("label_kind", pa.string()),  # "replay" (offline reference), "online" (sample) or null
         ("label_prob", pa.float64()),  # chance that the label was taken
     ],
-    metadata={"adaptivekv.trajectories": "1"},
+    metadata={"adaptivekv.trajectories": "2"},
 )
-OPTIONAL = {"label_loss", "label_worst", "label_flip", "label_kind", "label_prob"}
+OPTIONAL = {"shadow", "label_loss", "label_worst", "label_flip", "label_kind", "label_prob"}
 REQUIRED = set(SCHEMA.names) - OPTIONAL
 
 
