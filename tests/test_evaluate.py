@@ -139,7 +139,7 @@ def test_eviction_sees_the_same_queries_as_a_cache_of_its_own(smol, needle):
             if at + len(part) >= len(ids):
                 full, ours = made.logits[len(losses)], out.log_softmax(-1)
                 losses.append(float((full.exp() * (full - ours)).sum()))
-    assert losses == pytest.approx(run.kl, abs=2e-3)  # rounding falls otherwise
+    assert losses == pytest.approx(run.kl, abs=1e-4)
     made.free()
 
 
@@ -153,7 +153,8 @@ def test_every_answer_of_a_conversation_counts(smol, needle, monkeypatch):
     whole = {plan: replay(made, plan) for plan in ("full", "snapkv(0.5) | int4", "k4v2 | offload(0.3)")}
     monkeypatch.setattr(_Run, "_forced", lambda run, tokens: (run.step([token]) for token in tokens))
     for plan, run in whole.items():
-        assert len(run.kl) == 32 and replay(made, plan).kl == pytest.approx(run.kl, abs=2e-3)  # rounding falls otherwise
+        single = replay(made, plan).kl
+        assert len(single) == 32 and single == pytest.approx(run.kl, abs=2e-3)  # of a sealed page: rounds otherwise
     assert whole["full"].kl_worst < ROUNDING < whole["snapkv(0.5) | int4"].kl_mean
     assert max(whole["snapkv(0.5) | int4"].kl[17:]) > ROUNDING, "the second answer is judged too"
     made.free()

@@ -40,7 +40,7 @@ def collect(
     workers: int = 1,
     seed: int = 0,
     max_tokens: int = 2000,
-    new_tokens: int = 24,
+    new_tokens: int = 64,
     model: str | None = None,
     out: str | Path | None = None,
     tracking_uri: str | None = None,
@@ -52,8 +52,8 @@ def collect(
     """Returns run_id, folder, requests, resumed, failed, rows, metrics and seconds.
 
     scenario: a name in experiments/scenarios (None: mixed) or a YAML file. plans: those to replay (default: the
-    controller's candidates); `full` is always among them. max_tokens, new_tokens: of a prompt, and of the answer it
-    is judged by.
+    controller's candidates); `full` is always among them. max_tokens, new_tokens: most of a prompt, and of an
+    answer.
     out: working folder, kept; by default one in the cache folder that is removed once MLflow has everything.
     splits: those to draw requests of (default: all that the scenario has).
     resume: go on with what the folder holds; otherwise start it anew. progress(done, total) after every request.

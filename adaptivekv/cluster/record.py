@@ -80,6 +80,7 @@ def rows(job: Job, session: Session, meter: Meter) -> Iterator[dict[str, Any]]:
         "schema_version": schema.VERSION,
         "seed": session.options.seed,
         "scenario": "serve",
+        "kind": "serve",
         "split": _split(job.session or document),
         "document": document,
     }
@@ -92,6 +93,7 @@ def _decided(d: Decision) -> dict[str, Any]:
     plans = d.plans or [d.plan]  # a fixed plan, or relief under pressure: there was no choice
     return {
         "step": d.step,
+        "moment": d.moment,
         "features": schema.row(d.features).tolist(),
         "plans": plans,
         "allowed": d.allowed if d.plans else [True],

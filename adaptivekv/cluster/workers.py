@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,27 +51,19 @@ class ReplayWorker:
             return fault
         try:
             prompt = workload.write(request, self.loaded.tokenizer)
-            reference = replaying.reference(self.loaded, prompt.ids, self.new_tokens, plans=self.plans)
+            new = min(request.new, self.new_tokens)
+            reference = replaying.reference(
+                self.loaded, prompt.ids, new, stop=True, plans=self.plans, follow=prompt.follow
+            )
             try:
-                state = schema.row(features(request, prompt, reference))
-                return [row(request, state.tolist(), self.plans, *self._run(reference, plan)) for plan in self.plans]
+                state = schema.row(features(request, prompt, reference)).tolist()
+                link = request.link if on_cpu(reference) else None
+                runs = ((plan, replaying.replay(reference, plan)) for plan in self.plans)
+                return [row(request, state, self.plans, plan, run, len(reference.tokens), link) for plan, run in runs]
             finally:
                 reference.free()
         except AdaptiveKVError as error:
             return str(error)
-
-    def _run(self, reference: replaying.Reference, plan: str) -> tuple[str, replaying.Replay, int]:
-        """A plan, its replay, and how many tokens it was judged by.
-
-        On a CPU the time of a step is processor time, not the clock's: workers and whatever else runs there share the
-        cores. It holds an equal part of the copy that the replay began with.
-        """
-        tokens, begun = len(reference.tokens), time.thread_time()
-        run = replaying.replay(reference, plan)
-        if self.loaded.device.type == "cpu" and tokens > 1:
-            spent = time.thread_time() - begun
-            run.step_ms = 1e3 * spent * (1 - run.apply_s / run.seconds) / (tokens - 1)
-        return plan, run, tokens
 
 
 def features(request: Request, prompt: Prompt, reference: replaying.Reference) -> dict[str, float]:
@@ -88,6 +80,9 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
     )
     values = Controller(quality=request.quality).features(limited)
     values.pop("log2_question", None)  # where a question begins within one message is not known when serving
+    values["session"] = float(request.turns > 1)
+    if on_cpu(reference):
+        values["log10_link"] = math.log10(request.link)
     used = watched.sequence.bytes(DEVICE) + watched.sequence.pool.staging_bytes
     longest = max(reference.cache.positions, watched.prompt + watched.new)
     limit = limited.budget or watched.full * longest // (watched.prompt + watched.new)
@@ -96,20 +91,33 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
     return values
 
 
+def on_cpu(reference: replaying.Reference) -> bool:
+    return reference.loaded.device.type == "cpu"
+
+
 def row(
-    request: Request, state: list[float], plans: tuple[str, ...], plan: str, run: replaying.Replay, tokens: int
+    request: Request,
+    state: list[float],
+    plans: tuple[str, ...],
+    plan: str,
+    run: replaying.Replay,
+    tokens: int,
+    link: float | None = None,
 ) -> dict[str, Any]:
     """One row of trajectories.SCHEMA. Full information: every plan was run, so all are allowed, each with probability
     1 / n, and the label was taken for certain. Nothing here says which plans the drawn budget would have allowed.
 
     Byte-seconds are of the decode steps. link_bytes: what was moved out once, and read back a step by what is read.
+    link: GB/s to the host, None: the steps went over a real one. A CPU has none, so reading over it is added to a step.
     """
     seen = Plan.parse(plan).features()
-    seconds = run.step_ms / 1e3 * tokens
+    step_ms = run.step_ms + (run.host_bytes * seen["read_share"] / link / 1e6 if link else 0.0)
+    seconds = step_ms / 1e3 * tokens
     return {
         "request_id": request.id,
         "session_id": request.id,
         "step": 0,
+        "moment": "prefill",
         "schema_version": schema.VERSION,
         "features": state,
         "plans": list(plans),
@@ -120,14 +128,15 @@ def row(
         "pressure_override": False,
         "policy_version": VERSION,
         "seed": request.seed,
-        "scenario": request.kind,
+        "scenario": request.scenario,
+        "kind": request.kind,
         "split": request.split,
         "document": request.document,
         "device_byte_s": run.device_bytes * seconds,
         "host_byte_s": run.host_bytes * seconds,
         "link_bytes": run.host_bytes * (1 + seen["read_share"] * tokens),
         "switch_ms": 1e3 * run.apply_s,
-        "step_ms": run.step_ms,
+        "step_ms": step_ms,
         "device_bytes": run.device_bytes,
         "host_bytes": run.host_bytes,
         "tokens": tokens,

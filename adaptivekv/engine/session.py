@@ -173,8 +173,11 @@ class Session:
             else:
                 self.cache.truncate(common)
             del self.tokens[common:]
-        if not self.cache.requests:
-            self.cache.expect(len(ids), new, text_features(text, ids) | {"session": float(self.options.goes_on)})
+        facts = text_features(text, ids) | {"session": float(self.options.goes_on)}
+        if self.cache.requests:
+            self.cache.requests[0].facts |= facts
+        else:
+            self.cache.expect(len(ids), new, facts)
         step, logits = self.cache.chunk, None
         self.cache.reading = True
         for start in range(common, len(ids), step):

@@ -21,7 +21,7 @@ def collect(
     plans: Annotated[list[str] | None, typer.Option(help="plans to replay; default: all candidates")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
     max_tokens: Annotated[int, typer.Option(help="longest prompt")] = 2000,
-    new_tokens: Annotated[int, typer.Option(min=1, help="tokens replayed per request")] = 24,
+    new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 64,
     split: Annotated[
         list[str] | None, typer.Option(help="train, select, certify, gate or test; default: all the scenario has")
     ] = None,

@@ -105,6 +105,7 @@ class Replay:
     apply_s: float  # deciding and applying at the end of the first prompt, likewise
     device_bytes: int
     host_bytes: int
+    device_mean: float  # bytes, over the forced tokens: a plan may change on the way
     device_peak: int  # most held at once, the full cache before the plan was applied and staging included
     full_bytes: int  # a 16-bit cache of prompt and tokens
     budget: int | None
@@ -281,12 +282,15 @@ class _Run:
     def forced(self) -> Replay:
         """The reference's tokens, whatever this run would have chosen."""
         losses: list[float] = []
-        flips = 0
+        flips, held = 0, [(0, 0)]
         for i, turn in enumerate(self.reference.turns):
             if i:
                 self.hear(self.reference.turns[i - 1], turn.ids)
-            ours = torch.cat([self.logits[None], *self._forced(turn.tokens[:-1])]).float().log_softmax(-1)
-            full = turn.logits
+            rows = [self.logits[None]]
+            for logits in self._forced(turn.tokens[:-1]):
+                rows.append(logits)
+                held.append((len(logits), self.request.sequence.bytes(DEVICE)))
+            ours, full = torch.cat(rows).float().log_softmax(-1), turn.logits
             losses += (full.exp() * (full - ours)).sum(-1).clamp_min(0.0).tolist()
             flips += int((ours.argmax(-1).cpu() != torch.tensor(turn.tokens)).sum())
         pool, sequence = self.cache.pool, self.request.sequence
@@ -300,6 +304,7 @@ class _Run:
             apply_s=self.apply_s,
             device_bytes=sequence.bytes(DEVICE),
             host_bytes=sequence.bytes(HOST),
+            device_mean=sum(n * b for n, b in held) / max(1, sum(n for n, _ in held)),
             device_peak=pool.arena(DEVICE).peak + pool.staging_bytes,
             full_bytes=self.reference.full_bytes,
             budget=self.request.budget,

@@ -11,7 +11,7 @@ import difflib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Task:
     context: str
     question: str
     answers: tuple[str, ...]
+    later: tuple[str, ...] = ()  # questions about other parts of the document
 
     def score(self, text: str) -> float:
         """Share of the answers found in `text` as whole strings, whatever their case: 0 to 1."""
@@ -168,7 +169,15 @@ class _Desk:
             raise AdaptiveKVError(f"length={self.tokens}: task {self.name} needs at least {need} tokens")
         return build(low)
 
-    def hide(self, needles: list[str], intro: str, question: str, answers: list[str], ordered: bool = False) -> Task:
+    def hide(
+        self,
+        needles: list[str],
+        intro: str,
+        question: str,
+        answers: list[str],
+        later: Sequence[str] = (),
+        ordered: bool = False,
+    ) -> Task:
         """Needles between the sentences of a stretch, at random depths; `ordered` keeps them in order."""
         sentences = self.stretch(8 * self.tokens)
         depths = [self.rng.random() for _ in needles]
@@ -179,7 +188,7 @@ class _Desk:
             places = sorted(zip((round(d * n) for d in depths), range(len(needles)), strict=True), reverse=True)
             for at, which in places:
                 parts.insert(at, needles[which])
-            return Task(self.name, f"{intro}\n\n{' '.join(parts)}", question, tuple(answers))
+            return Task(self.name, f"{intro}\n\n{' '.join(parts)}", question, tuple(answers), tuple(later))
 
         return self.fit(build, len(sentences))
 
@@ -195,11 +204,15 @@ def _niah(desk: _Desk, keys: int, values: int, asked: int) -> Task:
     names, numbers = desk.keys(keys), desk.numbers(keys * values)
     pairs = [(names[i // values], number) for i, number in enumerate(numbers)]
     wanted = names[:asked]
-    many = asked * values > 1
-    listed = " and ".join(filter(None, [", ".join(f"the {n}" for n in wanted[:-1]), f"the {wanted[-1]}"]))
-    question = f"What {'are all the special magic numbers' if many else 'is the special magic number'} for {listed} mentioned in the text?"  # noqa: E501
+
+    def ask(about: list[str]) -> str:
+        numbers = "are all the special magic numbers" if len(about) * values > 1 else "is the special magic number"
+        listed = " and ".join(filter(None, [", ".join(f"the {n}" for n in about[:-1]), f"the {about[-1]}"]))
+        return f"What {numbers} for {listed} mentioned in the text?"
+
     answers = [number for name, number in pairs if name in wanted]
-    return desk.hide([_needle(*pair) for pair in pairs], _INTRO, question, answers)
+    later = [ask([name]) for name in names[asked:]]
+    return desk.hide([_needle(*pair) for pair in pairs], _INTRO, ask(wanted), answers, later)
 
 
 def niah_single(desk: _Desk) -> Task:
@@ -234,10 +247,14 @@ def vt(desk: _Desk) -> Task:
     needles = [f"VAR {a} = {b}." for chain, first in chains for a, b in zip(chain, [first, *chain[:-1]], strict=True)]
     mixed = sorted(range(8), key=lambda i: (i % 4, desk.rng.random()))  # an assignment follows what it refers to
     intro = "Memorize the chains of variable assignments that are hidden in the following text."
-    question = (
-        f"Which variables are assigned the value {value}, directly or through other variables? List all four names."
+    question, other_question = (
+        f"Which variables are assigned the value {x}, directly or through other variables? List all four names."
+        for x in (value, other)
     )
-    return desk.hide([needles[i] for i in mixed], intro, question, names[:4], ordered=True)
+    return desk.hide([needles[i] for i in mixed], intro, question, names[:4], [other_question], ordered=True)
+
+
+_COMMON, _RARE = "What are the 5 most common words in the list?", "Name 5 words that are rare in the list."
 
 
 def cwe(desk: _Desk) -> Task:
@@ -256,7 +273,7 @@ def cwe(desk: _Desk) -> Task:
         random.Random(shuffle_seed).shuffle(words)
         listed = " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
         intro = "Below is a numbered list of words. Some of them appear more often than others. Memorize those."
-        return Task(desk.name, f"{intro}\n\n{listed}", "What are the 5 most common words in the list?", tuple(common))
+        return Task(desk.name, f"{intro}\n\n{listed}", _COMMON, tuple(common), (_RARE,))
 
     return desk.fit(build, desk.tokens)
 
@@ -291,7 +308,8 @@ def qa(desk: _Desk) -> Task:
     ]
     kind, answer = desk.rng.choice([("profession", jobs[0]), ("birthplace", places[0])])
     intro = "Read the following text. It mentions some people; you will be asked about one of them."
-    return desk.hide(notes, intro, f"What is the {kind} of {people[0]}? Answer with one word.", [answer])
+    question, *later = (f"What is the {kind} of {person}? Answer with one word." for person in people)
+    return desk.hide(notes, intro, question, [answer], later)
 
 
 _PEOPLE = [f"{a} {b}" for a in ("Edith", "Ruben", "Clara", "Otto") for b in ("Vance", "Moreno", "Lindqvist", "Okafor")]
