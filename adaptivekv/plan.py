@@ -7,7 +7,7 @@ import difflib
 import re
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -117,22 +117,20 @@ class Plan:
         if quantize:
             recent = -(-max(0, quantize.window - tail) // PAGE) + ragged if sealed else 0
             keep_native = min(pages, recent + (1 if quantize.sinks else 0))
-        device = host = bounds = 0
+        held: list[tuple[int, list[int]]] = []  # how many layers, and the bytes of each column of one of them
+        bounds = 0
         for shape, alike in Counter(layers).items():
             page, settled = native.bytes(shape.k_dim, shape.v_dim, dtype) * shape.heads, pages - keep_native
             packed = quantize.columns(shape, alike, dtype, settled) if quantize else [(alike, [page] * settled)]
-            for count, columns in packed:  # the share on the device holds layer by layer
-                columns = [page] * keep_native + columns
-                stays = total = sum(columns)
-                if offload:
-                    stays = max((part for part in accumulate(columns) if part <= offload.device * total), default=0)
-                device, host = device + stays * count, host + (total - stays) * count
+            held += [(count, [page] * keep_native + columns) for count, columns in packed]
             if retrieve:
                 bounds += -(-2 * shape.k_dim * dtype.itemsize // UNIT) * UNIT * pages * shape.heads * alike
+        total = sum(count * sum(columns) for count, columns in held)
+        stays = offload.stays(held) if offload else total
         return {
             "full": sum(s.slot_elements for s in layers) * dtype.itemsize * tokens,
-            "device": device + bounds + Sequence.fixed_bytes(layers, dtype, 0),
-            "host": host,
+            "device": stays + bounds + Sequence.fixed_bytes(layers, dtype, 0),
+            "host": total - stays,
         }
 
 

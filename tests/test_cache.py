@@ -18,6 +18,7 @@ from adaptivekv.recall import recall
 PIPELINES = [
     "int4(rotate=false)", "snapkv(0.5, heads=adaptive, layers=pyramid)", "snapkv(0.5) | k4v2", "kvzip(0.4) | k4v2",
     "int4 | offload(0.5) | retrieve(0.5)", "streaming(0.25) | int8 | offload(0.25)", "keydiff(0.5) | kivi42",
+    "int8 | offload(0.5, by=layers)",
 ]  # fmt: skip
 ALONE = [name + "(0.5)" * (next(iter(parameters(kind).values())) is None) for name, kind in STAGES.items()]
 PLANS = ["full", *ALONE, *PIPELINES, *NAMED]  # every stage by itself, pipelines, the named plans
