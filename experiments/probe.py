@@ -29,7 +29,7 @@ from adaptivekv.trainer import dataset, export, scoring
 from adaptivekv.trainer.tasks import haystack
 from adaptivekv.trainer.train import fit
 
-WITHOUT = {"everything": (), "no probe": schema.PROBE, "no text": schema.REQUEST[6:10]}
+WITHOUT = {"everything": (), "no probe": schema.PROBE, "no text": schema.REQUEST[7:11]}
 
 
 @torch.inference_mode()
