@@ -58,8 +58,10 @@ class ReplayWorker:
             try:
                 state = schema.row(features(request, prompt, reference)).tolist()
                 link = request.link if on_cpu(reference) else None
-                runs = ((plan, replaying.replay(reference, plan)) for plan in self.plans)
-                return [row(request, state, self.plans, plan, run, len(reference.tokens), link) for plan, run in runs]
+                runs = [(plan, replaying.replay(reference, plan)) for plan in self.plans]
+                limits = room(request, runs[self.plans.index("full")][1].device_bytes)
+                tokens = len(reference.tokens)
+                return [row(request, state, self.plans, plan, run, tokens, link) | limits for plan, run in runs]
             finally:
                 reference.free()
         except AdaptiveKVError as error:
@@ -91,6 +93,11 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
     return values
 
 
+def room(request: Request, full: int) -> dict[str, float]:
+    """Bytes that the drawn budget, company and host leave for a request whose full cache takes `full`."""
+    return {"device_room": request.budget * (1 - request.pressure) * full, "host_room": request.host * full}
+
+
 def on_cpu(reference: replaying.Reference) -> bool:
     return reference.loaded.device.type == "cpu"
 
@@ -105,7 +112,7 @@ def row(
     link: float | None = None,
 ) -> dict[str, Any]:
     """One row of trajectories.SCHEMA. Full information: every plan was run, so all are allowed, each with probability
-    1 / n, and the label was taken for certain. Nothing here says which plans the drawn budget would have allowed.
+    1 / n, and the label was taken for certain. Which ones the drawn limits would have allowed, `room` says.
 
     Byte-seconds are of the decode steps. link_bytes: what was moved out once, and read back a step by what is read.
     link: GB/s to the host, None: the steps went over a real one. A CPU has none, so reading over it is added to a step.

@@ -46,6 +46,8 @@ SCHEMA = pa.schema(
         ("device_bytes", pa.int64()),
         ("host_bytes", pa.int64()),
         ("tokens", pa.int64()),  # generated under the plan
+        ("device_room", pa.float64()),  # bytes that budget and company leave the request, null = not known
+        ("host_room", pa.float64()),
         ("shadow", pa.string()),  # the plan that a challenger would have chosen, null without one
         ("label_loss", pa.float64()),  # mean nats per token, null = not labelled
         ("label_worst", pa.float64()),
@@ -55,7 +57,7 @@ SCHEMA = pa.schema(
     ],
     metadata={"adaptivekv.trajectories": "2"},
 )
-OPTIONAL = {"shadow", "label_loss", "label_worst", "label_flip", "label_kind", "label_prob"}
+OPTIONAL = {"device_room", "host_room", "shadow", "label_loss", "label_worst", "label_flip", "label_kind", "label_prob"}
 REQUIRED = set(SCHEMA.names) - OPTIONAL
 
 
