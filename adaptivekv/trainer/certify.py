@@ -16,8 +16,9 @@ requests. Always reported, without a claim. With `group` each group is walked on
 group's own margin is a claim and all hold together; the policy carries the most conservative of them.
 
 **What is assumed.** Requests are drawn as those to come will be; requests that share a document are treated as
-independent; the replayed plans are those to choose among, and no budget masks any; the answer is as long as the
-replayed one and the plan is chosen once. The rows are looked at once: earlier tries on them, of whatever policy, are
+independent; the replayed plans are those to choose among, masked by the byte limits each request was drawn with (an
+SLO that no plan within them keeps is not counted as broken: the budget comes first); answers are as long as the
+replayed ones and the plan is chosen once. The rows are looked at once: earlier tries on them, of whatever policy, are
 counted and recorded (`earlier_tries`), not corrected for.
 """
 
@@ -118,7 +119,8 @@ def certify(
 def outcomes(
     selector: Selector, requests: list[Request], grid: Sequence[float], progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measured loss (nats per token) and cost (of the full cache) of the plan chosen: float64 [n, Q, L] each.
+    """Measured loss (nats per token; 0 where no plan that fits keeps the SLO) and cost (of the full cache) of the plan
+    chosen: float64 [n, Q, L] each.
 
     The same choice as scoring.trusting makes under each margin, for all margins at once.
     """
@@ -132,13 +134,13 @@ def outcomes(
             predicted = selector.predict(state, request.rows.plan_features)
             if not all(np.isfinite(values).all() for values in predicted):
                 raise AdaptiveKVError(f"certify: the policy predicts NaN for request {str(request.rows.request[0])!r}")
-            price = request.price * predicted.step_ms
-            high = predicted.loss_high * scale[:, None]  # [L, plans]
+            price, high = request.limited(request.price * predicted.step_ms, predicted.loss_high * scale[:, None])
             meets = high <= quality
             safest = [scoring.cheapest(price, row, quality) for row in high[~meets.any(axis=1)]]
             chosen = np.argmin(np.where(meets, price, np.inf), axis=1)
             chosen[~meets.any(axis=1)] = safest
-            loss[i, j], cost[i, j] = request.rows.loss[chosen], request.cost[chosen]
+            loss[i, j] = np.where(request.rows.loss[request.fits].min() <= quality, request.rows.loss[chosen], 0.0)
+            cost[i, j] = request.cost[chosen]
         if progress:
             progress(i + 1, len(requests))
     return loss, cost

@@ -21,15 +21,21 @@ class Rows:
     state: np.ndarray  # [n, F]
     plan_features: np.ndarray  # [n, PF]
     request: np.ndarray  # [n] str
+    document: np.ndarray  # [n] str
     plan: np.ndarray  # [n] str
     scenario: np.ndarray  # [n] str
+    kind: np.ndarray  # [n] str, of the text
     split: np.ndarray  # [n] str
     step: np.ndarray  # [n]
     tokens: np.ndarray  # [n]
     loss: np.ndarray  # [n] nats per token, >= 0
+    worst: np.ndarray  # [n] the same, of the worst token; NaN: not known
+    flip: np.ndarray  # [n] share of the tokens whose most likely choice differs; NaN: not known
     step_ms: np.ndarray  # [n]
     device_bytes: np.ndarray  # [n]
     host_bytes: np.ndarray  # [n]
+    device_room: np.ndarray  # [n] bytes its limits leave the request; inf: none known
+    host_room: np.ndarray  # [n]
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -76,15 +82,21 @@ def rows(table: pa.Table) -> Rows:
         state=matrix(table, "features", len(schema.NAMES)),
         plan_features=matrix(table, "plan_features", len(schema.PLAN_NAMES)),
         request=column(table, "request_id"),
+        document=column(table, "document"),
         plan=column(table, "plan"),
         scenario=column(table, "scenario"),
+        kind=column(table, "kind"),
         split=column(table, "split"),
         step=column(table, "step"),
         tokens=column(table, "tokens"),
         loss=np.maximum(column(table, "label_loss"), 0.0),  # rounding makes tiny negative KL
+        worst=column(table, "label_worst"),
+        flip=column(table, "label_flip"),
         step_ms=np.maximum(column(table, "step_ms"), 1e-3),
         device_bytes=column(table, "device_bytes"),
         host_bytes=column(table, "host_bytes"),
+        device_room=np.nan_to_num(column(table, "device_room").astype(np.float64), nan=np.inf),
+        host_room=np.nan_to_num(column(table, "host_room").astype(np.float64), nan=np.inf),
     )
     if not (np.isfinite(found.loss) & np.isfinite(found.step_ms)).all():
         raise AdaptiveKVError("trajectories: label_loss or step_ms is not finite; collect them again")
@@ -102,9 +114,10 @@ def by_plan(rows: Rows) -> Rows:
     group = np.cumsum(new) - 1
     weight = np.maximum(rows.tokens, 1)
     total = np.bincount(group, weight)
-    averaged = ("loss", "step_ms", "device_bytes", "host_bytes")
+    averaged = ("loss", "flip", "step_ms", "device_bytes", "host_bytes")
     means = {name: np.bincount(group, weight * getattr(rows, name)) / total for name in averaged}
-    return dataclasses.replace(rows.where(new), **means)
+    worst = np.maximum.reduceat(rows.worst, np.flatnonzero(new))
+    return dataclasses.replace(rows.where(new), worst=worst, **means)
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:

@@ -95,3 +95,65 @@ def certificate(
     made.legend(loc="outside lower center", ncols=4, fontsize=8)
     made.savefig(path, dpi=110)
     return path
+
+
+def ways(table: dict[str, dict[str, Any]], path: Path) -> Path:
+    """Cost and violation rate by SLO, a line a way, without the dear ones; as they are above, certified below."""
+    made = Figure(figsize=(11, 8), layout="constrained")
+    panels = made.subplots(len(table), 2, squeeze=False)
+    colours = {way: f"C{i}" for i, way in enumerate(next(iter(table.values())))}
+    for row, (kind, found) in zip(panels, table.items(), strict=True):
+        for axes, what in zip(row, ("cost", "violation"), strict=True):
+            for way, got in found.items():
+                if way in ("full", "random safe") or "slos" not in got:
+                    continue
+                y = [slo[what] for slo in got["slos"].values()]
+                width = 2.5 if way == "selector" else 1.2
+                axes.plot(QUALITIES, y, marker="o", linewidth=width, label=way, color=colours[way])
+            label = "cost / full cache" if what == "cost" else "share of requests over their SLO"
+            axes.set(title=f"{what}, {kind}", xlabel="quality SLO, nats per token", ylabel=label, xscale="log")
+            axes.set(ylim=(0, None))
+            axes.set_xticks(QUALITIES, [str(q) for q in QUALITIES])
+            axes.minorticks_off()
+        row[1].axhline(0.05, color="0.7", linewidth=0.8)
+    panels[0, 0].legend(fontsize=7)
+    made.savefig(path, dpi=110)
+    return path
+
+
+def scenarios(table: dict[str, dict[str, Any]], path: Path) -> Path:
+    """Charged cost of some ways per scenario; marked where more than 5 % break an SLO."""
+    shown = [w for w in ("selector", "table", "static", "oracle") if any(w in got for got in table.values())]
+    made, axes = figure(
+        "Charged cost per scenario; x: over 5 % of an SLO's requests", "", "charged / full cache", (11, 4.5)
+    )
+    for i, way in enumerate(shown):
+        x = np.arange(len(table)) + (i - (len(shown) - 1) / 2) * 0.8 / len(shown)
+        y = [got[way]["charged"] for got in table.values()]
+        axes.bar(x, y, 0.8 / len(shown), label=way)
+        for at, height, got in zip(x, y, table.values(), strict=True):
+            if got[way]["violation"] > 0.05:
+                axes.text(at, height, "x", ha="center", va="bottom")
+    axes.set_xticks(range(len(table)), [f"{name}\n{got['requests']}" for name, got in table.items()])
+    made.legend(loc="outside right upper")
+    made.savefig(path, dpi=110)
+    return path
+
+
+def goodput(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Requests a minute served in time and quality against the load, a panel an arena."""
+    arenas = sorted({row["arena"] for row in rows})
+    made = Figure(figsize=(4 * len(arenas), 4), layout="constrained")
+    for axes, arena in zip(made.subplots(1, len(arenas), squeeze=False)[0], arenas, strict=True):
+        for way in dict.fromkeys(row["way"] for row in rows):
+            points = [(row["load"], row["goodput"]) for row in rows if (row["way"], row["arena"]) == (way, arena)]
+            axes.plot(*zip(*points, strict=True), marker="o", linewidth=2.5 if way == "selector" else 1.2, label=way)
+        axes.set(
+            title=f"arena {arena / 2**20:.0f} MiB",
+            xlabel="load, of what full caches could use of the middle arena",
+            ylim=(0, None),
+        )
+    made.axes[0].set_ylabel("requests a minute in time and quality (simulated)")
+    made.axes[0].legend()
+    made.savefig(path, dpi=110)
+    return path
