@@ -95,7 +95,7 @@ def oracle(request: Request, quality: float) -> int:
 
 
 def always(plans: dict[str, str]) -> Choice:
-    """The fixed plan of each SLO; where it does not fit, or was not replayed, the one that keeps most tokens and bits."""
+    """The fixed plan of each SLO; where it does not fit, or was not replayed, what keeps most tokens and bits."""
 
     def choose(request: Request, quality: float) -> int:
         return fixed(request, plans.get(str(quality)))
