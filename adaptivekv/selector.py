@@ -16,9 +16,9 @@ import numpy as np
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 
-FORMAT = 1
-TARGETS = ("log10_loss", "log10_loss_high", "log10_step_ms")
-LOSS_FLOOR = 1e-6  # nats, added before the logarithm
+FORMAT = 2
+TARGETS = ("log10_loss", "log10_error", "log10_step_ms")  # the error: what the high loss adds to the mean
+LOSS_FLOOR = 1e-4  # nats, added before the logarithm: what is below decides no SLO
 MAX_LEAVES = 8  # per tree: one bit each in a byte
 INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES) + len(schema.JOINT)  # a tree sees the state, the plan, and both
 
@@ -122,8 +122,10 @@ class TreeSelector:
         x = np.empty((len(plans), INPUTS))
         at, end = len(state), len(state) + plans.shape[1]
         x[:, :at], x[:, at:end], x[:, end:] = state, plans, schema.joint(state, plans)
-        out = 10.0 ** self.raw(x)
-        loss = np.where(is_lossless(plans)[:, None], 0.0, np.maximum(out[:, :2] - LOSS_FLOOR, 0.0))
+        raw = self.raw(x)
+        raw[:, 1] += raw[:, 0]
+        out = 10.0**raw
+        loss = np.where(is_lossless(plans)[:, None], 0.0, np.maximum(out[:, :2] - (LOSS_FLOOR, 0.0), 0.0))
         return Prediction(loss[:, 0], loss.max(axis=1), out[:, 2])
 
     @classmethod

@@ -143,7 +143,7 @@ FAULTS = {
     "dtype": (lambda a, m: a.__setitem__("left", a["left"].astype(np.int64)), "left is int64"),
     "object": (lambda a, m: a.__setitem__("value", np.array([{}], dtype=object)), "not readable"),
     "array missing": (lambda a, m: a.pop("roots"), "not readable.*roots"),
-    "format": (broken_manifest("format", 2), "format is 2, not 1"),
+    "format": (broken_manifest("format", 99), "format is 99, not 2"),
     "schema": (broken_manifest("schema", 99), f"schema is 99, not {schema.VERSION}"),
     "names": (broken_manifest("names", ["x"]), f"names differ from schema {schema.VERSION}"),
     "margin": (broken_manifest("margin", float("nan")), "margin is nan"),

@@ -17,6 +17,11 @@ from adaptivekv.features import schema
 Models = list[list[Any]]  # per target of selector.TARGETS, fitted HistGradientBoostingRegressors whose sum it is
 
 
+def total(summands: list[Any], x: np.ndarray) -> np.ndarray:
+    """What fitted models predict together: [n] of x [n, INPUTS]."""
+    return np.sum([model.predict(x) for model in summands], axis=0)
+
+
 def flatten(models: Models) -> dict[str, np.ndarray]:
     """The arrays of selector.ARRAYS."""
     parts: dict[str, list[Any]] = {key: [] for key in selector.ARRAYS}
@@ -78,7 +83,7 @@ def parity(policy: selector.TreeSelector, models: Models, x: np.ndarray, seed: i
     rng = np.random.default_rng(seed)
     fresh = x[rng.integers(len(x), size=rows)] * rng.choice([1.0, 0.9, 1.1], size=(rows, 1))
     fresh[rng.random(fresh.shape) < 0.2] = np.nan
-    want = np.stack([np.sum([model.predict(fresh) for model in summands], axis=0) for summands in models], axis=1)
+    want = np.stack([total(summands, fresh) for summands in models], axis=1)
     worst = float(np.abs(policy.raw(fresh) - want).max())
     if not worst <= 1e-9:
         raise AdaptiveKVError(f"policy: differs from scikit-learn by {worst:.3g}; install another scikit-learn")

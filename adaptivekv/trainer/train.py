@@ -14,7 +14,7 @@ from adaptivekv.selector import LOSS_FLOOR, MAX_LEAVES, Prediction, TreeSelector
 from adaptivekv.trainer import dataset, export, scoring, tracking
 from adaptivekv.trainer.dataset import Rows
 
-TREES = 30
+TREES, REST = 30, 40
 QUANTILE = 0.9
 FOLDS = 5
 # More kept, more bits, more read: never more loss; more lost by the probe: never less. Holds the trees to what is known
@@ -83,7 +83,7 @@ def train(
             "sources": " ".join(map(str, sources))[:6000],
         } | {f"static/{quality}": plan for quality, plan in best_static.items()}
         tracking.log(mlflow, run_id, params, metrics)
-        for path in draw(folder, parts["select"], requests["select"], policy, predicted, models[0][0], seed):
+        for path in draw(folder, parts["select"], requests["select"], policy, predicted, models[0], seed):
             mlflow.log_artifact(run_id, str(path), "plots")
         for name in ("policy.npz", "policy.json"):
             mlflow.log_artifact(run_id, str(folder / name), "policy")
@@ -109,8 +109,10 @@ def inputs(rows: Rows) -> np.ndarray:
 def fit(rows: Rows, seed: int) -> export.Models:
     """The loss models see the lossy plans only: the others are 0 by construction.
 
-    The high loss is the mean model plus a quantile of its error. A quantile model of the loss itself starts above
-    nearly all rows, where they pull alike, and hardly learns which plans are good.
+    The loss of a plan is first learned from the plan alone, quickly; from the request then slowly what is left. All at
+    once, few requests say little of plans: they differ more than requests do. The high loss adds a quantile of the
+    error. A quantile model of the loss itself starts above nearly all rows, where they pull alike, and hardly learns
+    which plans are good.
     """
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.model_selection import GroupKFold
@@ -118,19 +120,29 @@ def fit(rows: Rows, seed: int) -> export.Models:
     def model(x: np.ndarray, y: np.ndarray, falls: Sequence[str] = (), **more: Any) -> Any:
         """Predicts y [n] from x [n, INPUTS] and never rises with the plan features in `falls`; if there are any, never
         falls with what the probe says."""
-        settings: dict[str, Any] = {"max_iter": TREES, "min_samples_leaf": max(2, min(20, len(x) // 20))}
+        least = max(2, min(20, len(x) // 20))
+        settings: dict[str, Any] = {
+            "max_iter": TREES, "min_samples_leaf": least, "learning_rate": 0.2, "max_features": 0.8
+        }  # fmt: skip
         x = np.where(np.isnan(x).all(axis=0), 0.0, x)  # scikit-learn cannot bin a column without any value
         return HistGradientBoostingRegressor(
             **(settings | more),
             max_leaf_nodes=MAX_LEAVES,
-            learning_rate=0.2,
-            max_features=0.8,
             monotonic_cst=[0] * len(schema.NAMES)
             + [-(name in falls) for name in schema.PLAN_NAMES]
             + [int(bool(falls))] * len(schema.JOINT),
             early_stopping=False,
             random_state=seed,
         ).fit(x, y)
+
+    def loss_models(x: np.ndarray, y: np.ndarray) -> list[Any]:
+        alone = x.copy()
+        alone[:, : len(schema.NAMES)] = alone[:, -len(schema.JOINT) :] = 0.0
+        plan = model(alone, y, LOWERS_LOSS, learning_rate=0.5, max_iter=TREES // 3, max_features=1.0)
+        return [
+            plan,
+            model(x, y - plan.predict(alone), LOWERS_LOSS, learning_rate=0.15, max_iter=REST, max_features=0.4),
+        ]
 
     x, lossy = inputs(rows), ~is_lossless(rows.plan_features)
     time_model = model(x, np.log10(rows.step_ms))
@@ -140,14 +152,14 @@ def fit(rows: Rows, seed: int) -> export.Models:
         raise AdaptiveKVError("train: split 'train' needs lossy plans of at least two requests; collect more documents")
     error = np.empty_like(y)  # of requests the model has not seen: those it has seen look too easy
     for seen, unseen in GroupKFold(folds).split(x, y, request):
-        error[unseen] = y[unseen] - model(x[seen], y[seen], LOWERS_LOSS).predict(x[unseen])
-    loss_model = model(x, y, LOWERS_LOSS)
+        error[unseen] = y[unseen] - export.total(loss_models(x[seen], y[seen]), x[unseen])
+    losses = loss_models(x, y)
     coarse: dict[str, Any] = {
         "max_iter": TREES // 3,
         "min_samples_leaf": max(2, len(x) // 5),
     }  # a quantile of few rows is a bad one
     error_model = model(x, error, loss="quantile", quantile=QUANTILE, **coarse)
-    return [[loss_model], [loss_model, error_model], [time_model]]
+    return [losses, [error_model], [time_model]]
 
 
 def predict_rows(policy: TreeSelector, rows: Rows) -> Prediction:
@@ -175,7 +187,7 @@ def draw(
     requests: list[scoring.Request],
     policy: TreeSelector,
     predicted: Prediction,
-    loss_model: Any,
+    losses: list[Any],
     seed: int,
 ) -> list[Path]:
     """The plots, as PNG files beside the policy."""
@@ -191,8 +203,9 @@ def draw(
         plots.decisions(requests, scoring.trusting(policy), folder / "decisions.png"),
     ]
     if len(y) > 1:
+        plan, rest = losses
         some = {"n_repeats": 3, "random_state": seed, "max_samples": min(1.0, 2000 / len(y))}
-        shuffled = permutation_importance(loss_model, x, y, scoring="neg_mean_squared_error", **some)
+        shuffled = permutation_importance(rest, x, y - plan.predict(x), scoring="neg_mean_squared_error", **some)
         names = [*schema.NAMES, *schema.PLAN_NAMES, *schema.JOINT]
         made.append(plots.importance(names, shuffled.importances_mean, folder / "importance.png"))
     return made
