@@ -40,6 +40,9 @@ LONG = {"prefill": 5 / 8, "long_context": 5 / 8}  # of the requests asked for: t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=64, help="of each scenario")
+    parser.add_argument(
+        "--certify", type=int, default=4, help="more of each for split certify, next seed"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=4096)
@@ -48,14 +51,17 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     store = f"sqlite:///{args.work.resolve() / 'mlflow.db'}"
-    folders = {name: args.work / name / "trajectories" for name in SCENARIOS}
     failed: dict[str, str] = {}
-    for name, folder in () if args.skip_collect else folders.items():
-        show(f"collecting {name}")
-        count = max(1, int(args.requests * LONG.get(name, 1)))
-        limits = {"workers": args.workers, "seed": args.seed, "max_tokens": args.max_tokens}
-        failed |= collect(name, count, **limits, out=folder, tracking_uri=store, progress=show)["failed"]
-    sources = [folder for folder in folders.values() if any(folder.glob("*.parquet"))]
+    for name in () if args.skip_collect else SCENARIOS:
+        every = max(1, int(args.requests * LONG.get(name, 1)))
+        for folder, count, seed, splits in (
+            (name, every, args.seed, None), (f"{name}-certify", args.certify, args.seed + 1, ("certify",))
+        ):  # fmt: skip
+            show(f"collecting {folder}")
+            limits = {"workers": args.workers, "seed": seed, "max_tokens": args.max_tokens, "splits": splits}
+            out = args.work / folder / "trajectories"
+            failed |= collect(name, count, **limits, out=out, tracking_uri=store, progress=show)["failed"]
+    sources = sorted(folder for folder in args.work.glob("*/trajectories") if any(folder.glob("*.parquet")))
     trained = train(sources, args.seed, args.work / "policy", store, progress=show)
     shipped, refused = trained["policy"], None
     try:
