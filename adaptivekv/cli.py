@@ -185,6 +185,22 @@ def serve(
     quality: Quality = 0.03,
     selector: SelectorName = None,
     api_key: Annotated[str | None, typer.Option(envvar="ADAPTIVEKV_API_KEY")] = None,
+    trajectories: Annotated[
+        Path | None, typer.Option(help="folder for what each decision saw, chose and cost; `ope` and `train` read it")
+    ] = None,
+    epsilon: Annotated[
+        float,
+        typer.Option(
+            help="chance that a decision explores among up to 8 cheap plans within the quality; `ope` needs it"
+        ),
+    ] = 0.0,
+    sample: Annotated[
+        float,
+        typer.Option(help="chance that a request is kept for `label`, its prompt included, in TRAJECTORIES/samples"),
+    ] = 0.0,
+    shadow: Annotated[
+        str | None, typer.Option(help="champion, rules or a policy's folder: its choices are logged, never obeyed")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json_: Json = False,
@@ -192,10 +208,13 @@ def serve(
     """Serve the OpenAI API on Ray Serve until Ctrl-C."""
     from adaptivekv.cluster.app import serve as run
 
+    more = {"trajectories": trajectories, "epsilon": epsilon, "sample": sample, "shadow": shadow}
+    build_args: dict[str, Any] = {key: value for key, value in more.items() if value is not None}
+
     if json_:
         out({"url": f"http://{host}:{port}/v1", "model": model or "smollm2", "replicas": replicas})
         sys.stdout.flush()
-    raise typer.Exit(run(host, port, model, replicas, budget, quality, selector, api_key, device, dtype))
+    raise typer.Exit(run(host, port, model, replicas, budget, quality, selector, api_key, device, dtype, **build_args))
 
 
 @app.command()

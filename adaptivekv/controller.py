@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ CANDIDATES = (
 KAPPA = 0.1  # price of a host byte-second against a device byte-second
 DEFAULT_QUALITY = 0.03  # nats per token
 STAY = 0.9  # a switch must cut the cost below this share, or the plan stays
+log = logging.getLogger("adaptivekv")
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Decision:
     allowed: list[bool] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     pressure: bool = False
+    room: tuple[int, int] | None = None  # device (without staging) and host bytes it might use; None: no choice
+    shadow: str | None = None  # the plan that the challenger would have chosen
 
 
 @dataclass
@@ -99,6 +103,7 @@ class Controller:
         self.evicts = np.array([plan.stage("evict") is not None for plan in self.plans])
         self.epoch, self.epsilon = epoch, epsilon
         self.rng = np.random.default_rng(seed)
+        self.shadow: Selector | None = None  # a challenger that is asked too and never obeyed
         self.seconds, self.steps = 0.0, 0  # spent deciding; decode steps seen
 
     @property
@@ -202,28 +207,35 @@ class Controller:
             return self.fixed
         start = time.perf_counter()
         values = self.features(request)
-        prediction = self._predict(schema.row(values))
+        state = schema.row(values)
+        prediction = self._predict(state)
         device, host = self._sizes(request)
         room, host_room = self._room(request)
         reach = self._reachable(request)
         allowed = reach & (device <= room) & (host <= host_room)
-        loss = prediction.loss_high * 10**self.selector.margin
-        cost = (device + KAPPA * host) * np.maximum(prediction.step_ms, 1e-3)
-        good = allowed & (loss <= self.quality)
-        if self.selector.margin == 0 and (good & ~self.evicts).any():
-            good &= ~self.evicts  # no later decision repairs an eviction: only a certified selector may prefer one
         stay = self.plans.index(request.plan) if moment == "epoch" and request.plan in self.plans else None
-        if good.any():
-            best = int(np.argmin(np.where(good, cost, np.inf)))
-            if stay is not None and good[stay] and cost[best] > STAY * cost[stay]:
-                best = stay
-            why = f"cheapest of {int(good.sum())} plans within {self.quality:g} nats"
-        elif allowed.any():
-            best = int(np.argmin(np.where(allowed, loss, np.inf)))
-            why = f"no plan within {self.quality:g} nats fits {room / 2**20:.1f} MiB; least predicted loss"
-        else:
-            best = stay if stay is not None else int(np.argmin(np.where(reach, device, np.inf)))
-            why = f"no plan fits {room / 2**20:.1f} MiB; the smallest, and pressure does the rest"
+
+        def choose(selector: Selector, seen: Prediction) -> tuple[int, str, np.ndarray, np.ndarray, np.ndarray]:
+            """The plan under a selector and why, what it keeps within the SLO, and the high losses and costs."""
+            loss = seen.loss_high * 10**selector.margin
+            cost = (device + KAPPA * host) * np.maximum(seen.step_ms, 1e-3)
+            good = allowed & (loss <= self.quality)
+            if selector.margin == 0 and (good & ~self.evicts).any():
+                good &= ~self.evicts  # no later decision repairs one: only a certified selector may prefer an eviction
+            if good.any():
+                best = int(np.argmin(np.where(good, cost, np.inf)))
+                if stay is not None and good[stay] and cost[best] > STAY * cost[stay]:
+                    best = stay
+                why = f"cheapest of {int(good.sum())} plans within {self.quality:g} nats"
+            elif allowed.any():
+                best = int(np.argmin(np.where(allowed, loss, np.inf)))
+                why = f"no plan within {self.quality:g} nats fits {room / 2**20:.1f} MiB; least predicted loss"
+            else:
+                best = stay if stay is not None else int(np.argmin(np.where(reach, device, np.inf)))
+                why = f"no plan fits {room / 2**20:.1f} MiB; the smallest, and pressure does the rest"
+            return best, why, good, loss, cost
+
+        best, why, good, loss, cost = choose(self.selector, prediction)
         probs = self._explore(best, good, cost)
         chosen = int(self.rng.choice(len(probs), p=probs)) if self.epsilon else best
         reason = (
@@ -243,6 +255,8 @@ class Controller:
                 self.names,
                 allowed.tolist(),
                 probs.tolist(),
+                room=(room, host_room),
+                shadow=self._shadowed(state, choose),
             )
         )
         self.seconds += time.perf_counter() - start
@@ -254,6 +268,21 @@ class Controller:
             self.selector = RuleTable()  # from here on: a selector that says NaN once is not asked again
             prediction = self.selector.predict(state, self.rows)
         return prediction
+
+    def _shadowed(self, state: np.ndarray, choose: Callable[..., tuple[Any, ...]]) -> str | None:
+        """The challenger's plan in the same state and under the same mask. One that fails is asked no more."""
+        if self.shadow is None:
+            return None
+        try:
+            seen = self.shadow.predict(state, self.rows)
+            if all(np.isfinite(part).all() for part in seen):
+                return self.names[choose(self.shadow, seen)[0]]
+            fault = "predicts NaN"
+        except Exception as error:  # whatever is wrong with it must not reach the request
+            fault = f"{type(error).__name__}: {error}"
+        log.warning(f"shadow {self.shadow.name}: {fault}; not asked any more")
+        self.shadow = None
+        return None
 
     def _explore(self, best: int, good: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """epsilon spread evenly over up to eight good plans near the frontier, the rest on the best."""

@@ -40,9 +40,7 @@ LONG = {"prefill": 5 / 8, "long_context": 5 / 8}  # of the requests asked for: t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=64, help="of each scenario")
-    parser.add_argument(
-        "--certify", type=int, default=4, help="more of each for split certify, next seed"
-    )
+    parser.add_argument("--certify", type=int, default=4, help="more of each for split certify, next seed")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=4096)

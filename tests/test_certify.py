@@ -251,7 +251,7 @@ def test_certify_round_trip(data, store, trained, tmp_path, monkeypatch):
 
 
 def test_nothing_passes(store, trained, tmp_path):
-    """A population in which only what looks worst loses nothing: one line with the best bound, no files, a failed run."""
+    """Only what looks worst loses nothing: one line with the best bound, no files, a failed run."""
     lost = [row | {"label_loss": float(row["plan"] != "snapkv(0.5)")} for row in rows(80, "certify", 5)]
     trajectories.write(lost + rows(2, "train", 0), tmp_path / "part-0000.parquet")
     with pytest.raises(AdaptiveKVError, match=r"no margin passes, nothing is certified.*best bound found is 1\.0") as e:

@@ -51,7 +51,8 @@ def rows(requests: int, split: str, seed: int) -> list[dict]:
             made.append(
                 {
                     "request_id": f"{split}-{number}", "session_id": f"{split}-{number}", "step": 0,
-                    "schema_version": schema.VERSION, "features": state, "plans": list(PLANS),
+                    "moment": "prefill", "kind": "table", "schema_version": schema.VERSION, "features": state,
+                    "plans": list(PLANS),
                     "allowed": [True] * len(PLANS), "probs": [1 / len(PLANS)] * len(PLANS), "plan": plan,
                     "plan_features": schema.row(f, schema.PLAN_NAMES), "pressure_override": False,
                     "policy_version": "rules", "seed": seed, "scenario": "digits" if digits > 0.5 else "prose",

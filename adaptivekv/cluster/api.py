@@ -50,6 +50,17 @@ class Job:
     plan: str | None = None
 
 
+class Reload(BaseModel):
+    """What running replicas are to take up; what is absent stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    selector: str | None = None
+    tracking_uri: str | None = None
+    margin: float | None = None
+    epsilon: float | None = Field(None, ge=0, le=1)
+    shadow: str | None = None
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
     include_usage: bool = False

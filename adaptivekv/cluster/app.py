@@ -26,6 +26,7 @@ from adaptivekv.embedded import DEFAULT, EMBEDDED, converted
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.formats import parse_bytes
 from adaptivekv.model import resolve_device, resolve_dtype
+from adaptivekv.plan import Plan
 from adaptivekv.trainer import tracking
 from adaptivekv.trainer.registry import ALIAS, find_champion
 
@@ -34,7 +35,7 @@ WAITING = 4  # jobs a worker takes at a time: one runs, the others start without
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 ARGS = (
     "model", "replicas", "budget", "quality", "selector", "tracking_uri", "api_key", "device", "dtype", "threads",
-    "sessions", "queue", "trajectories", "epsilon",
+    "sessions", "queue", "trajectories", "epsilon", "sample", "shadow", "plans",
 )  # fmt: skip
 
 
@@ -45,7 +46,9 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     name none. selector: champion, rules or a policy's path; tracking_uri: where the champion is looked for.
     api_key: what clients must send. threads: of torch a worker, on the CPU. sessions: conversations a worker keeps.
     queue: requests that may wait before others are refused with 429. trajectories: folder for decision logs.
-    epsilon: chance that a decision explores.
+    epsilon: chance that a decision explores. sample: chance that a request is kept, prompt and all, in
+    trajectories/samples. shadow: a policy whose choices are logged and never obeyed. plans: those to choose
+    among, a list or separated by ";".
 
     Raises AdaptiveKVError for an unknown or impossible argument.
     """
@@ -59,15 +62,21 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     threads = _number(given, "threads", max(1, (os.cpu_count() or 2) // 2 // replicas), 1)
     options: dict[str, Any] = {
         "quality": float(given.get("quality", DEFAULT_QUALITY)),
-        "epsilon": float(given.get("epsilon", 0.0)),
+        "epsilon": _chance(given, "epsilon"),
+        "sample": _chance(given, "sample"),
     }
+    if options["sample"] and "trajectories" not in given:
+        raise AdaptiveKVError("sample: samples are kept beside the trajectories; name a folder with trajectories")
+    if "plans" in given:
+        names = given["plans"].split(";") if isinstance(given["plans"], str) else given["plans"]
+        options["plans"] = tuple(str(Plan.parse(name)) for name in names)
     if not 0 <= options["quality"] < float("inf"):
         raise AdaptiveKVError(f"quality={options['quality']}: nats per token, 0 or more")
     if "budget" in given:
         options["budget"] = parse_bytes(given["budget"])
     device, dtype = str(given.get("device", "auto")), str(given.get("dtype", "auto"))
     gpus = _gpus(device, dtype, replicas)
-    model = _absolute(str(given.get("model", DEFAULT)).strip())
+    model = absolute(str(given.get("model", DEFAULT)).strip())
     worker = cast(Deployment, Worker).options(
         num_replicas=replicas,
         max_ongoing_requests=WAITING,
@@ -76,7 +85,8 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         graceful_shutdown_timeout_s=20,
         health_check_period_s=5,
         max_constructor_retry_count=1,
-        user_config={"selector": _absolute(str(given.get("selector", ALIAS))), "tracking_uri": _tracking(given)},
+        user_config={"selector": absolute(str(given.get("selector", ALIAS))), "tracking_uri": tracking_of(given)}
+        | ({"shadow": absolute(str(given["shadow"]))} if "shadow" in given else {}),
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": gpus,
@@ -86,7 +96,7 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         **({"request_router_config": {"request_router_class": ROUTER}} if replicas > 1 else {}),
     ).bind(
         model, "cuda" if gpus else "cpu", dtype, threads, _number(given, "sessions", 4, 0),
-        _absolute(str(given["trajectories"]), True) if "trajectories" in given else None, **options,
+        absolute(str(given["trajectories"]), True) if "trajectories" in given else None, **options,
     )  # fmt: skip
     ingress = cast(Deployment, Ingress).options(
         max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=0.2, ray_actor_options={"num_cpus": 0}
@@ -120,18 +130,27 @@ def serve(
         "selector": selector,
     }
     args |= {"api_key": api_key, "device": device, "dtype": dtype} | more
+    with contextlib.suppress(KeyboardInterrupt), running(args, host, port, replicas):
+        print(f"serving {model_id(model or DEFAULT)} on http://{host}:{port}/v1", flush=True)
+        while True:
+            time.sleep(3600)
+    return 0
+
+
+@contextlib.contextmanager
+def running(args: dict[str, Any], host: str, port: int, cpus: int) -> Iterator[str]:
+    """The app of `build`'s arguments while the block runs, and its address. cpus: that a Ray of our own must have.
+
+    SIGINT and SIGTERM are a KeyboardInterrupt meanwhile.
+    """
     with _interruptible():
         try:
             check_port(host, port)
-            check_model(model or DEFAULT)
+            check_model(args.get("model") or DEFAULT)
             app = build(args)
-            find_champion(selector, args.get("tracking_uri"))
-            _start(app, host, port, replicas)
-            print(f"serving {model_id(model or DEFAULT)} on http://{host}:{port}/v1", flush=True)
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            return 0
+            find_champion(args.get("selector"), args.get("tracking_uri"))
+            _start(app, host, port, cpus)
+            yield f"http://{host}:{port}"
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C would leave half of it running
                 signal.signal(number, signal.SIG_IGN)
@@ -172,20 +191,21 @@ def check_model(model: str) -> None:
             raise AdaptiveKVError(f"cannot load model {model!r}: {line}{'' if folder else _hint(model)}") from None
 
 
-def _start(app: ray_serve.Application, host: str, port: int, replicas: int) -> None:
+def _start(app: ray_serve.Application, host: str, port: int, cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15, so that anything else on a busy machine would go first
     # A busy machine takes longer than Serve's 5 seconds to import the proxy, which is then killed.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     address = os.environ.get("RAY_ADDRESS")
     own: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, replicas), "include_dashboard": False, "object_store_memory": 128 << 20,
+        "num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False, "object_store_memory": 128 << 20,
     }  # fmt: skip
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         ray.init(address or "local", namespace="serve", **quiet, **({} if address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise AdaptiveKVError(f"cannot start Ray at {address or 'local'}: {_last(error)}") from None
+        raise AdaptiveKVError(f"cannot start Ray at {address or 'local'}: {last_line(error)}") from None
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _take_signals()  # ray.init has put its own in
@@ -213,7 +233,7 @@ def _check_answers(host: str, port: int) -> None:
         opener.open(f"http://{here}:{port}/health", timeout=10).close()
     except OSError as error:
         raise AdaptiveKVError(
-            f"port {port} on {host}: the app runs, but does not answer there ({_last(error)}); a Serve that was "
+            f"port {port} on {host}: the app runs, but does not answer there ({last_line(error)}); a Serve that was "
             "already running on this cluster keeps its own address: stop it or give its port"
         ) from None
 
@@ -225,10 +245,10 @@ def _cause(error: Exception) -> str:
         deployed = ray_serve.status().applications[NAME]
         messages += [deployed.message, *(deployment.message for deployment in deployed.deployments.values())]
     ours = re.findall(r"(?:AdaptiveKVError|BudgetError): (.+)", "\n".join(messages))
-    return ours[-1].strip() if ours else f"the app did not start: {_last(error)}; Ray's logs are under /tmp/ray"
+    return ours[-1].strip() if ours else f"the app did not start: {last_line(error)}; Ray's logs are under /tmp/ray"
 
 
-def _last(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1].strip()[:300] if lines else type(error).__name__
 
@@ -272,13 +292,23 @@ def _number(args: dict[str, Any], name: str, default: int, least: int) -> int:
     return value
 
 
-def _absolute(name: str, always: bool = False) -> str:
+def _chance(args: dict[str, Any], name: str) -> float:
+    try:
+        value = float(args.get(name, 0))
+    except (TypeError, ValueError):
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise AdaptiveKVError(f"{name}={args[name]!r}: a chance between 0 and 1")
+    return value
+
+
+def absolute(name: str, always: bool = False) -> str:
     """Workers may stand in another folder than we do."""
     path = Path(name).expanduser()
     return str(path.resolve()) if always or path.exists() else name
 
 
-def _tracking(args: dict[str, Any]) -> str:
+def tracking_of(args: dict[str, Any]) -> str:
     where = tracking.uri(args.get("tracking_uri"))
     file = tracking.database(where)
     return f"sqlite:///{file}" if file else where

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
@@ -17,8 +18,11 @@ import torch
 from jinja2 import TemplateError
 
 from adaptivekv.cluster.api import Fault, Job
+from adaptivekv.cluster.monitor import Widened
 from adaptivekv.cluster.record import Meter, Recorder
 from adaptivekv.cluster.replies import Event, usage
+from adaptivekv.cluster.samples import Sample, Samples
+from adaptivekv.controller import Controller
 from adaptivekv.engine.sampling import Sampler
 from adaptivekv.engine.session import Answer, Options, Session
 from adaptivekv.errors import AdaptiveKVError, BudgetError
@@ -83,11 +87,23 @@ class Engine:
     """Runs jobs in the order they came. Everything that touches the model happens on its one thread.
 
     defaults: budget, quality and the rest where a job names none. keep: how many conversations stay warm (the one
-    not used for longest goes first). record: takes trajectory rows, None for none.
+    not used for longest goes first). record: takes trajectory rows, None for none. samples: keeps some requests for
+    labelling. plans: those that the controller chooses among, None for its own.
     """
 
-    def __init__(self, loaded: LoadedModel, defaults: Options, keep: int = 4, record: Recorder | None = None):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        defaults: Options,
+        keep: int = 4,
+        record: Recorder | None = None,
+        samples: Samples | None = None,
+        plans: tuple[str, ...] | None = None,
+    ):
         self.loaded, self.defaults, self.keep, self.record = loaded, defaults, keep, record
+        self.samples, self.plans = samples, plans
+        self.shadow: Selector | None = None  # a challenger whose choices are logged
+        self.settings: dict[str, Any] = {}  # of reconfigure, those that stay until they are given again
         self.warm: OrderedDict[str, Conversation] = OrderedDict()
         self.dead: str | None = None  # why no further job can succeed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
@@ -110,24 +126,46 @@ class Engine:
             stop.set()
             waiting.cancel()
 
-    async def reconfigure(self, selector: str | None = None, tracking_uri: str | None = None) -> None:
-        """Put another selector in, for jobs that start from now on. One that does not load leaves the old one."""
+    async def reconfigure(
+        self, selector: str | None = None, tracking_uri: str | None = None, margin: float | None = None, **more: Any
+    ) -> str | None:
+        """Put another selector in, for answers that start from now on; what is under way ends as it began.
+
+        selector, tracking_uri, and of `more` epsilon and shadow: stay as they were where None. margin: log10 nats,
+        above the selector's own (None: its own). A selector that does not load leaves the old one and is said in a
+        line, which is returned; a shadow that does not load is no shadow and one warning.
+        """
+        given = {"selector": selector, "tracking_uri": tracking_uri} | more
+        settings = self.settings | {key: value for key, value in given.items() if value is not None}
+        name, where = settings.get("selector"), settings.get("tracking_uri")
         old = self.defaults.selector
         try:
-            new = await asyncio.to_thread(find_champion, selector, tracking_uri)
+            new: Selector = await asyncio.to_thread(find_champion, name, where)
+            if isinstance(new, RuleTable) and name != "rules" and old is not None:
+                raise AdaptiveKVError(f"selector {name or 'champion'}: none found that loads")
+            if margin is not None and margin < new.margin:
+                raise AdaptiveKVError(f"margin {margin:g}: below the {new.margin:g} of {new.name}; give more")
         except AdaptiveKVError as error:
             if old is None:
                 raise
-            log.error(f"{error}; keeping selector {old.name}")
-            return
-        if isinstance(new, RuleTable) and selector != "rules" and old is not None:
-            log.error(f"selector {selector or 'champion'}: none found that loads; keeping selector {old.name}")
-            return
-        self.defaults = dataclasses.replace(self.defaults, selector=new)
+            log.error(fault := f"{error}; keeping selector {old.name}")
+            return fault
+        if margin is not None and margin > new.margin:
+            new = Widened(new, margin)
+        self.settings = settings
+        epsilon = float(settings.get("epsilon", self.defaults.epsilon))
+        self.defaults = dataclasses.replace(self.defaults, selector=new, epsilon=epsilon)
+        self.shadow = await asyncio.to_thread(_challenger, settings.get("shadow"), where)
+        return None
 
     @property
-    def selector(self) -> Selector | None:
-        return self.defaults.selector
+    def selector(self) -> Selector:
+        return self.defaults.selector or RuleTable()
+
+    @property
+    def margin(self) -> float:
+        """In force, log10 nats."""
+        return self.selector.margin + getattr(self.selector, "by", 0.0)
 
     def check(self) -> None:
         """Raises RuntimeError when the engine can no longer answer."""
@@ -189,20 +227,31 @@ class Engine:
 
     def _begin(self, job: Job) -> Conversation:
         asked = {name: getattr(job, name) for name in ("budget", "quality", "plan") if getattr(job, name) is not None}
-        return Conversation(self.loaded, dataclasses.replace(self.defaults, **asked, seed=job.seed % 2**32))
+        # Explores by a seed of its own: a client that always sends the same one would always get the same draw.
+        seed = int(hashlib.sha256(f"explore {job.id}".encode()).hexdigest()[:8], 16)
+        options = dataclasses.replace(self.defaults, **asked, seed=seed, goes_on=job.session is not None)
+        talk = Conversation(self.loaded, options)
+        if self.plans and options.plan is None:
+            own = talk.cache.controller
+            talk.cache.controller = Controller(None, own.selector, own.quality, self.plans, own.epoch, seed=seed)
+        return talk
 
     def _turn(self, talk: Conversation, job: Job, stop: threading.Event) -> Iterator[Event]:
         """One answer. Afterwards the conversation is kept, or freed: nobody named it, or a forward broke off in it."""
         whole = False
+        controller, shadow = talk.cache.controller, self.shadow
+        sample: Sample | None = None
+        shown: list[str] = []
         try:
             talk.stop, talk.meter = stop, Meter(talk.cache) if self.record else None
-            talk.cache.controller.selector = self.selector or RuleTable()
+            controller.selector, controller.shadow = self.selector, shadow
+            controller.epsilon = self.defaults.epsilon
             ids, positions = talk.encode(job.messages, job.raw), talk.cache.positions
             if positions and len(ids) >= positions:
                 room = f"prompt of {len(ids)} tokens: the model has {positions} positions; shorten it"
                 raise Fault(400, room, "prompt" if job.raw else "messages", "context_length_exceeded")
             held, cut = talk.held(ids), Cut(job.stop)
-            shown = []
+            sample = self.samples.begin(job, talk, ids) if self.samples else None
             sampler = Sampler(job.temperature, job.top_p, job.seed)
             for piece in talk.answer(job.messages, job.max_tokens, sampler, job.raw):
                 shown.append(cut.push(piece))
@@ -218,10 +267,20 @@ class Engine:
             whole = True
             if self.record and talk.meter:
                 self.record.add(job, talk, talk.meter)
+            if self.samples and sample:
+                self.samples.done(sample, talk)
         except (Stopped, Fault):
             whole = True
+            if self.samples and sample:
+                self.samples.gone(sample)
+            raise
+        except AdaptiveKVError:
+            if self.samples and sample and not shown:
+                self.samples.refused(sample)
             raise
         finally:
+            if controller.shadow is None and self.shadow is shadow:
+                self.shadow = None  # it failed, and that has been said
             if whole and job.session:
                 self.warm[job.session] = talk
                 while len(self.warm) > self.keep:
@@ -239,6 +298,23 @@ class Engine:
             self.warm.popitem()[1].close()
 
 
-def make_engine(loaded: LoadedModel, defaults: Options, keep: int = 4, trajectories: str | None = None) -> Engine:
-    """An engine that records into the folder `trajectories`, where one is given."""
-    return Engine(loaded, defaults, keep, Recorder(Path(trajectories)) if trajectories else None)
+def _challenger(name: str | None, tracking_uri: str | None) -> Selector | None:
+    try:
+        return find_champion(name, tracking_uri) if name else None
+    except AdaptiveKVError as error:
+        log.warning(f"shadow: {error}; nothing is logged of it")
+        return None
+
+
+def make_engine(
+    loaded: LoadedModel,
+    defaults: Options,
+    keep: int = 4,
+    trajectories: str | None = None,
+    sample: float = 0.0,
+    plans: tuple[str, ...] | None = None,
+) -> Engine:
+    """An engine that records into the folder `trajectories`, where one is given, and samples beside it."""
+    record = Recorder(Path(trajectories)) if trajectories else None
+    samples = Samples(Path(trajectories) / "samples", sample, loaded.name) if trajectories and sample else None
+    return Engine(loaded, defaults, keep, record, samples, plans)

@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from adaptivekv.cluster.api import Asked, ChatRequest, Fault, Job, TextRequest, invalid
+from adaptivekv.cluster.api import Asked, ChatRequest, Fault, Job, Reload, TextRequest, invalid
 from adaptivekv.cluster.metrics import CONTENT_TYPE, Metrics
 from adaptivekv.cluster.replies import Event, Reply, model_card
 
@@ -43,6 +43,8 @@ class Worker:
         threads: int = 1,
         sessions: int = 4,
         trajectories: str | None = None,
+        sample: float = 0.0,
+        plans: tuple[str, ...] | None = None,
         **options: Any,
     ):
         import torch
@@ -53,12 +55,21 @@ class Worker:
         from adaptivekv.model import load
 
         torch.set_num_threads(threads)
-        self.engine = make_engine(load(model, device, dtype), Options(**options), sessions, trajectories)
+        loaded = load(model, device, dtype)
+        self.engine = make_engine(loaded, Options(**options), sessions, trajectories, sample, plans)
         freeze()
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """`{"selector": "champion" | "rules" | path, "tracking_uri": ...}`; other keys only make it look new."""
-        await self.engine.reconfigure(config.get("selector"), config.get("tracking_uri"))
+        """`{"selector": "champion" | "rules" | path, "tracking_uri", "margin", "epsilon", "shadow"}`, as Engine takes
+        them; other keys only make it look new."""
+        await self.reload(config)
+
+    async def reload(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The same for a replica that runs: the selector and margin now in force, and why they are not those asked for,
+        or None."""
+        known = ("selector", "tracking_uri", "margin", "epsilon", "shadow")
+        fault = await self.engine.reconfigure(**{key: config[key] for key in known if key in config})
+        return {"selector": self.engine.selector.name, "margin": self.engine.margin, "fault": fault}
 
     async def generate(self, job: Job) -> AsyncIterator[Event]:
         async with contextlib.aclosing(self.engine.generate(job)) as events:  # type: ignore[type-var]
@@ -114,7 +125,7 @@ class Ingress:
     """Checks requests, hands them to a worker, shapes what comes back."""
 
     def __init__(self, worker: DeploymentHandle, model: str, api_key: str | None = None):
-        self.worker, self.model, self.api_key = worker.options(stream=True), model, api_key
+        self.worker, self.everyone, self.model, self.api_key = worker.options(stream=True), worker, model, api_key
         self.card, self.metrics = model_card(model, int(time.time())), Metrics()
 
     @app.get("/health")
@@ -141,6 +152,16 @@ class Ingress:
     @app.post("/v1/completions", dependencies=KEY)
     async def text(self, body: TextRequest, request: Request) -> Response:
         return await self._answer(body, request, "cmpl")
+
+    @app.post("/reload", dependencies=KEY)
+    async def reload(self, body: Reload) -> dict[str, Any]:
+        """Through Serve's broadcast: `serve.run` would start all replicas anew."""
+        config = body.model_dump(exclude_none=True)
+        answers = await asyncio.to_thread(lambda: self.everyone.broadcast("reload", config).results(timeout_s=60))
+        for answer in answers:
+            if answer["fault"]:
+                raise Fault(409, answer["fault"], "selector", "not_taken_up")
+        return {"replicas": len(answers), "selector": answers[0]["selector"], "margin": answers[0]["margin"]}
 
     def _check_model(self, name: str) -> None:
         if name != self.model:

@@ -72,8 +72,9 @@ class Recorder:
 
 def rows(job: Job, session: Session, meter: Meter) -> Iterator[dict[str, Any]]:
     """One row per decision taken in this answer that ruled at least one forward; a plan fixed earlier is none."""
-    decisions = session.cache.requests[0].decisions
-    document = hashlib.sha256(job.messages[0]["content"].encode()).hexdigest()[:16]
+    decisions, pool = session.cache.requests[0].decisions, session.cache.pool
+    assert pool is not None
+    document = document_of(job.messages[0]["content"])
     facts = {
         "request_id": job.id,
         "session_id": job.session or job.id,
@@ -81,15 +82,16 @@ def rows(job: Job, session: Session, meter: Meter) -> Iterator[dict[str, Any]]:
         "seed": session.options.seed,
         "scenario": "serve",
         "kind": "serve",
-        "split": _split(job.session or document),
+        "split": split_of(job.session or document),
         "document": document,
     }
     for at in sorted({step[0] for step in meter.steps if step[0] < len(decisions)}):
         took = np.array([step[1:] for step in meter.steps if step[0] == at], np.float64)
-        yield facts | _decided(decisions[at]) | _cost(took)
+        yield facts | _decided(decisions[at], pool.staging_bytes) | _cost(took)
 
 
-def _decided(d: Decision) -> dict[str, Any]:
+def _decided(d: Decision, staging: int) -> dict[str, Any]:
+    """staging: bytes, which `device_bytes` counts too."""
     plans = d.plans or [d.plan]  # a fixed plan, or relief under pressure: there was no choice
     return {
         "step": d.step,
@@ -102,6 +104,9 @@ def _decided(d: Decision) -> dict[str, Any]:
         "plan_features": schema.row(Plan.parse(d.plan).features(), schema.PLAN_NAMES).tolist(),
         "pressure_override": d.pressure,
         "policy_version": d.selector,
+        "device_room": d.room and d.room[0] + staging,
+        "host_room": d.room and d.room[1],
+        "shadow": d.shadow,
     }
 
 
@@ -121,8 +126,13 @@ def _cost(took: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _split(key: str) -> str:
-    """The same split for the same session, by hash."""
+def document_of(text: str) -> str:
+    """What a conversation's first message is known as."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def split_of(key: str) -> str:
+    """The same split for the same session or, without one, document: by hash."""
     at = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
     for name, share in SHARES:
         at -= share

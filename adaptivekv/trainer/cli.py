@@ -1,4 +1,4 @@
-"""The learning verbs: collect, train, certify, ope, promote, compare."""
+"""The learning verbs: collect, label, train, certify, ope, promote, reload, watch, loop, compare."""
 
 from __future__ import annotations
 
@@ -143,18 +143,120 @@ def ope(
 
 @app.command()
 def promote(
-    run_id: Annotated[str, typer.Argument(help="the train run whose policy becomes champion")],
+    run_id: Annotated[str, typer.Argument(help="the train or certify run whose policy becomes champion")],
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="fresh labelled runs or folders; their split 'gate' must show that it is better"),
+    ] = None,
+    seen: Annotated[list[str] | None, typer.Option(help="the policy's training data, if its run is gone")] = None,
     name: str = "kv-selector",
     alias: str = "champion",
-    force: Annotated[bool, typer.Option("--force", help="even if it is not better")] = False,
+    force: Annotated[bool, typer.Option("--force", help="even if it is not better, or gives up a certificate")] = False,
     tracking_uri: Tracking = None,
     json_: Json = False,
 ) -> None:
-    """Register a trained policy and point the alias at it."""
+    """Register a trained policy and point the alias at it. A running server takes it up with `reload`."""
     from adaptivekv.trainer.registry import promote as run
 
-    result = run(run_id, name, alias, force, tracking_uri)
+    result = run(run_id, name, alias, force, tracking_uri, gate, seen)
     out(result) if json_ else show_facts("promote", result)
+
+
+@app.command()
+def reload(
+    selector: Annotated[
+        str | None, typer.Option(help="champion, rules or a folder; default: as it was asked for")
+    ] = None,
+    margin: Annotated[float | None, typer.Option(help="log10 nats, above the policy's own; default: its own")] = None,
+    epsilon: Annotated[float | None, typer.Option(min=0, max=1, help="chance of exploring from now on")] = None,
+    shadow: Annotated[str | None, typer.Option(help="a challenger whose choices are logged")] = None,
+    url: Annotated[str, typer.Option(help="of the server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="of the server, if it has one")] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; default: the server's")] = None,
+    json_: Json = False,
+) -> None:
+    """Have a running server take up the champion, or what is named, between two answers: nothing is dropped."""
+    from adaptivekv.cluster.reload import reload as run
+
+    config = {"selector": selector, "margin": margin, "epsilon": epsilon, "shadow": shadow}
+    result = run(url, api_key, **config, tracking_uri=tracking_uri)
+    out(result) if json_ else show_facts("reload", result)
+
+
+@app.command()
+def label(
+    samples: Annotated[Path, typer.Argument(help="the folder samples/ of a server's trajectories")],
+    out_dir: Annotated[Path, typer.Option("--out", help="labelled trajectories; what is there is not done again")],
+    plans: Annotated[list[str] | None, typer.Option(help="plans to replay; default: all candidates")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=2, help="most tokens of an answer")] = 64,
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Replay served samples through plans on Ray workers: what `train` and `promote --gate` read."""
+    from adaptivekv.cluster.labels import label as run
+
+    with bar(json_) as progress:
+        job = progress.add_task("label", total=None)
+        result = run(
+            samples, out_dir, plans or None, workers, new_tokens, model,
+            lambda done, total: progress.update(job, completed=done, total=total),
+        )  # fmt: skip
+    out(result) if json_ else show_facts("label", result)
+
+
+@app.command()
+def watch(
+    samples: Annotated[Path, typer.Argument(help="the folder samples/ of a server's trajectories")],
+    out_dir: Annotated[Path, typer.Option("--out", help="labelled trajectories, as `label` writes them")],
+    alpha: Annotated[float, typer.Option(help="share of requests that may break their SLO")] = 0.05,
+    delta: Annotated[float, typer.Option(help="chance of a false alarm")] = 0.05,
+    every: Annotated[float, typer.Option(min=0, help="seconds between two rounds")] = 60.0,
+    rounds: Annotated[int | None, typer.Option(min=1, help="default: until Ctrl-C")] = None,
+    plans: Annotated[list[str] | None, typer.Option(help="plans to replay; default: all candidates")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
+    url: Annotated[str, typer.Option(help="of the server")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(help="of the server, if it has one")] = None,
+    json_: Json = False,
+) -> None:
+    """Label a server's samples; where too many break their SLO, widen its margin, at last keep all lossless."""
+    from adaptivekv.cluster.watch import watch as run
+
+    result = run(
+        samples, out_dir, plans or None, workers, alpha, delta, every, rounds, url, api_key,
+        lambda line: None if json_ else err.print(line),
+    )  # fmt: skip
+    out(result) if json_ else show_facts("watch", result)
+
+
+@app.command()
+def loop(
+    scenario: Annotated[
+        str, typer.Option(help="a scenario's name or YAML file, which the traffic comes from")
+    ] = "serving",
+    requests: Annotated[int, typer.Option(help="served with exploration, labelled and trained on")] = 30,
+    held_out: Annotated[int, typer.Option(help="requests for the gate, and as many to measure before and after")] = 10,
+    plans: Annotated[list[str] | None, typer.Option(help="plans to choose among; default: all candidates")] = None,
+    sources: Annotated[list[str] | None, typer.Option(help="further labelled runs or folders to train on")] = None,
+    epsilon: Annotated[float, typer.Option(min=0, max=1, help="chance of exploring while it logs")] = 0.2,
+    max_tokens: Annotated[int, typer.Option(help="longest prompt")] = 600,
+    new_tokens: Annotated[int, typer.Option(min=2, help="most tokens of an answer")] = 16,
+    workers: Annotated[int, typer.Option(help="Ray workers that label")] = 1,
+    seed: Seed = 0,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="keep trajectories, samples and labels there")] = None,
+    model: Model = None,
+    tracking_uri: Tracking = None,
+    experiment: str = "adaptivekv",
+    json_: Json = False,
+) -> None:
+    """The closed loop: serve, log, label, train, ope, gate, promote, swap under load, measure before and after."""
+    from adaptivekv.cluster.loop import loop as run
+
+    result = run(
+        scenario, requests, held_out, plans or None, epsilon, seed, max_tokens, new_tokens, workers, sources or (),
+        out_dir, model, tracking_uri, experiment, lambda line: None if json_ else err.print(line),
+    )  # fmt: skip
+    out(result) if json_ else show_facts("loop", result)
 
 
 @app.command()

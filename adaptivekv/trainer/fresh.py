@@ -55,9 +55,17 @@ def of_split(table: pa.Table) -> pa.Table:
 
 
 def training(
-    mlflow: Any, judged: Frozen, table: pa.Table, seen: Sequence[str | Path] | None, tracking_uri: str | None
+    mlflow: Any,
+    judged: Frozen,
+    table: pa.Table,
+    seen: Sequence[str | Path] | None,
+    tracking_uri: str | None,
+    verb: str = "certify",
 ) -> Known:
-    """Training rows of the sources, of `seen` and of the policy's train run, whose digest proves that they are all."""
+    """Training rows of the sources, of `seen` and of the policy's train run, whose digest proves that they are all.
+
+    verb: what an AdaptiveKVError begins with.
+    """
     tables = [table, *([dataset.load(seen, tracking_uri)] if seen else [])]
     note = "as given; its train run is not in the store"
     label = judged.trained_as
@@ -73,20 +81,20 @@ def training(
     parts = [part for part in parts if part.num_rows]
     if not parts:
         raise AdaptiveKVError(
-            f"certify: the training data of {judged.selector.name!r} are not at hand, so nothing shows that the "
+            f"{verb}: the training data of {judged.selector.name!r} are not at hand, so nothing shows that the "
             "requests are fresh; name them with --seen"
         )
     return Known(parts, note)
 
 
-def check(part: pa.Table, known: Known) -> None:
-    """No request, document or session may have been seen."""
+def check(part: pa.Table, known: Known, verb: str = "certify") -> None:
+    """No request, document or session may have been seen. verb: as for `training`."""
     for column, word in SAME.items():
         ours = set(part[column].to_pylist())
         both = sorted(ours & {value for table in known.tables for value in table[column].to_pylist()})
         if both:
             raise AdaptiveKVError(
-                f"certify: {word} {both[0]!r} is in the training data too ({len(both)} of {len(ours)}); "
+                f"{verb}: {word} {both[0]!r} is in the training data too ({len(both)} of {len(ours)}); "
                 "split by document and collect fresh requests"
             )
 

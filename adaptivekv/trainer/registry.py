@@ -10,7 +10,9 @@ import shutil
 import sqlite3
 import tempfile
 import urllib.request
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -70,25 +72,50 @@ def resolve(tracking_uri: str | None = None, name: str = NAME, alias: str = ALIA
 
 
 def promote(
-    run_id: str, name: str = NAME, alias: str = ALIAS, force: bool = False, tracking_uri: str | None = None
+    run_id: str,
+    name: str = NAME,
+    alias: str = ALIAS,
+    force: bool = False,
+    tracking_uri: str | None = None,
+    gate: Sequence[str | Path] | None = None,
+    seen: Sequence[str | Path] | None = None,
 ) -> dict[str, Any]:
-    """Registers the run's policy and points the alias at it.
+    """Registers the policy of a train or certify run and points the alias at it.
 
-    Refuses a policy that does not load and, unless `force`, one whose recorded select_cost is not below the champion's.
+    Refuses, with the reason: a policy that does not load; one that gives up the champion's certificate; one that is not
+    better. gate: fresh labelled trajectories (runs or folders) on which the two are compared (trainer/gate.py; `seen`:
+    the training data where its run does not hold it). Without any, the recorded select_cost must be below the
+    champion's. `force` overrides all but the first; `overridden` lists what was.
     """
+    from adaptivekv.trainer.frozen import Frozen
+    from adaptivekv.trainer.gate import replay
+
     mlflow = tracking.client(tracking_uri)
     with tempfile.TemporaryDirectory() as folder:
-        policy = TreeSelector.load(tracking.download(mlflow, run_id, "policy", folder))
+        path = tracking.download(mlflow, run_id, "policy", folder)
+        candidate = Frozen(TreeSelector.load(path), (path / "policy.npz").read_bytes())
+    policy = candidate.selector
     cost = policy.manifest["metrics"].get("select_cost")
     if cost is None:
         raise AdaptiveKVError(f"run {run_id!r}: its policy records no select_cost; train it again")
     previous = resolve(tracking_uri, name, alias)
-    champion, note = load_or_rules(previous) if previous else (None, None)
-    previous_cost = champion.manifest["metrics"].get("select_cost") if isinstance(champion, TreeSelector) else None
-    if previous and previous_cost is not None and cost >= previous_cost and not force:
-        raise AdaptiveKVError(
-            f"run {run_id!r}: select_cost {cost:.4f} is not below {previous.name}'s {previous_cost:.4f}; use --force"
-        )
+    champion, note = load_or_rules(previous, previous.name) if previous else (None, None)
+    old = champion.manifest if isinstance(champion, TreeSelector) else {"metrics": {}}
+    previous_cost = old["metrics"].get("select_cost")
+    found, reasons = None, []
+    if lost := _certificate_lost(policy.manifest.get("certificate"), old.get("certificate")):
+        reasons.append(lost)
+    if gate:
+        try:
+            found = replay(candidate, champion or find_champion(None, tracking_uri), gate, mlflow, seen, tracking_uri)
+            if not found.better:
+                reasons.append(f"{found}; not surely better")
+        except AdaptiveKVError as error:
+            reasons.append(str(error))
+    elif previous and previous_cost is not None and cost >= previous_cost:
+        reasons.append(f"select_cost {cost:.4f} is not below {previous.name}'s {previous_cost:.4f}")
+    if reasons and not force:
+        raise AdaptiveKVError(f"run {run_id!r}: {'; and '.join(reasons)}; use --force to promote it all the same")
     from mlflow.exceptions import MlflowException
 
     try:
@@ -109,7 +136,19 @@ def promote(
         "previous": previous.name if previous else None,
         "previous_cost": previous_cost,
         "note": note,
+        "gate": asdict(found) if found else None,
+        "overridden": reasons,
     }
+
+
+def _certificate_lost(new: dict[str, Any] | None, old: dict[str, Any] | None) -> str | None:
+    """What a certified champion promises and the candidate does not."""
+    if not old:
+        return None
+    promise = f"the champion is certified for at most {old['alpha']:g} violations"
+    if not new:
+        return f"{promise} and this policy is not; certify it first"
+    return f"{promise}, this policy for {new['alpha']:g}" if new["alpha"] > old["alpha"] else None
 
 
 def _ask_sqlite(file: Path, name: str, alias: str) -> tuple[str, str] | None:
