@@ -11,15 +11,18 @@ broken often; a margin for each SLO could not be applied. Each request is theref
 all of them), and a margin passes only if the test of every SLO rejects at delta. That needs no correction: claiming all
 is an intersection-union test, and its error is at most delta. SLOs off the ladder are not claimed.
 
+**What is promised.** The budget comes first: where no plan that fits is predicted to keep the SLO, the controller takes
+the safest, and its decision says that nothing was promised. A violation is a promise that was broken; the certificate
+records the share of requests with a promise, by SLO.
+
 **Groups.** Kind of scenario, and prompts above or not above a length that was known before: the median of the training
 requests. Always reported, without a claim. With `group` each group is walked on its own at delta / groups, so that each
 group's own margin is a claim and all hold together; the policy carries the most conservative of them.
 
 **What is assumed.** Requests are drawn as those to come will be; requests that share a document are treated as
-independent; the replayed plans are those to choose among, masked by the byte limits each request was drawn with (an
-SLO that no plan within them keeps is not counted as broken: the budget comes first); answers are as long as the
-replayed ones and the plan is chosen once. The rows are looked at once: earlier tries on them, of whatever policy, are
-counted and recorded (`earlier_tries`), not corrected for.
+independent; the replayed plans are those to choose among, masked by the byte limits each request was drawn with;
+answers are as long as the replayed ones and the plan is chosen once. The rows are looked at once: earlier tries on
+them, of whatever policy, are counted and recorded (`earlier_tries`), not corrected for.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,8 +122,8 @@ def certify(
 def outcomes(
     selector: Selector, requests: list[Request], grid: Sequence[float], progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measured loss (nats per token; 0 where no plan that fits keeps the SLO) and cost (of the full cache) of the plan
-    chosen: float64 [n, Q, L] each.
+    """Measured loss (nats per token; NaN where nothing was promised) and cost (of the full cache) of the plan chosen:
+    float64 [n, Q, L] each.
 
     The same choice as scoring.trusting makes under each margin, for all margins at once.
     """
@@ -139,7 +142,7 @@ def outcomes(
             safest = [scoring.cheapest(price, row, quality) for row in high[~meets.any(axis=1)]]
             chosen = np.argmin(np.where(meets, price, np.inf), axis=1)
             chosen[~meets.any(axis=1)] = safest
-            loss[i, j] = np.where(request.rows.loss[request.fits].min() <= quality, request.rows.loss[chosen], 0.0)
+            loss[i, j] = np.where(meets.any(axis=1), request.rows.loss[chosen], np.nan)
             cost[i, j] = request.cost[chosen]
         if progress:
             progress(i + 1, len(requests))

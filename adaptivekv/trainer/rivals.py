@@ -69,7 +69,12 @@ def certify(
     broken = np.empty((len(requests), len(QUALITIES), len(grid)), bool)
     for i, request in enumerate(requests):
         for j, quality in enumerate(QUALITIES):
-            broken[i, j] = request.broken(way.picks(request, quality, scale), quality)
+            at = way.picks(request, quality, scale)
+            if way.pick is bounded:  # where no bound meets the SLO, it promises nothing, as the controller does
+                high = request.limited(*way.predict(request, quality))[1].min()
+                broken[i, j] = (high * scale <= quality) & (request.rows.loss[at] > quality)
+            else:
+                broken[i, j] = request.broken(at, quality)
     last = ltt.walk(broken, alpha, delta).last
     return None if last < 0 else grid[last]
 
