@@ -47,7 +47,7 @@ def test_loop(local_ray, store, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTIVEKV_CACHE", str(Path.home() / ".cache" / "adaptivekv"))
     seen = []
     mine = {"tracking_uri": store, "splits": ("train", "select"), **SMALL}
-    got = collect("mixed", 4, progress=lambda done, total: seen.append((done, total)), **mine)
+    got = collect("serving", 4, progress=lambda done, total: seen.append((done, total)), **mine)
     assert seen == [(i, 4) for i in range(5)]
     assert (got["requests"], got["rows"], got["failed"], got["folder"]) == (4, 16, {}, None)
     assert not list((tmp_path / "cache" / "adaptivekv" / "collect").iterdir())
@@ -56,7 +56,7 @@ def test_loop(local_ray, store, tmp_path, monkeypatch):
     rows = dataset.rows(table)
     assert Counter(rows.plan) == dict.fromkeys(["full", *PLANS], 4)
     full = rows.plan == "full"
-    assert (rows.loss[full] == 0).all() and (rows.loss[~full] > 0).any()
+    assert (rows.loss[full] < 1e-6).all() and (rows.loss[~full] > 1e-4).any()
     assert (rows.device_bytes[full] >= rows.device_bytes[rows.plan == "int4"]).all()
     assert (rows.step_ms > 0).all() and Counter(rows.split) == {"train": 12, "select": 4}
     unknown = {name for name, x in zip(schema.NAMES, rows.state.T, strict=True) if np.isnan(x).all()}
@@ -78,7 +78,7 @@ COMMAND = """
 import sys
 from adaptivekv.cluster import collect
 collect.BATCH = 1
-collect.collect("mixed", 5, out=sys.argv[1], tracking_uri=sys.argv[2], plans={plans}, max_tokens=260, new_tokens=3)
+collect.collect("serving", 5, out=sys.argv[1], tracking_uri=sys.argv[2], plans={plans}, max_tokens=260, new_tokens=3)
 """
 
 
@@ -95,7 +95,7 @@ def test_kill_interrupt_resume(local_ray, store, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         with pytest.raises(AdaptiveKVError, match="another collect"):
-            collect("mixed", 5, out=out, tracking_uri=store, **SMALL)
+            collect("serving", 5, out=out, tracking_uri=store, **SMALL)
     finally:
         child.kill()
         child.communicate()
@@ -108,11 +108,11 @@ def test_kill_interrupt_resume(local_ray, store, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(AdaptiveKVError, match=f"stopped with {kept} of 5 .* goes on"):
-        collect("mixed", 5, out=out, tracking_uri=store, progress=stop, **SMALL)
+        collect("serving", 5, out=out, tracking_uri=store, progress=stop, **SMALL)
     with pytest.raises(AdaptiveKVError, match="seed differs"):
-        collect("mixed", 5, seed=1, out=out, tracking_uri=store, **SMALL)
+        collect("serving", 5, seed=1, out=out, tracking_uri=store, **SMALL)
 
-    got = collect("mixed", 5, out=out, tracking_uri=store, **SMALL)
+    got = collect("serving", 5, out=out, tracking_uri=store, **SMALL)
     assert got["requests"] == 5 and got["resumed"] == kept
     table = dataset.load([got["run_id"]], store)
     pairs = Counter(zip(table["request_id"].to_pylist(), table["plan"].to_pylist(), strict=True))
@@ -122,7 +122,7 @@ def test_kill_interrupt_resume(local_ray, store, tmp_path):
     runs = mlflow.search_runs([tracking.experiment_id(mlflow)], "attributes.run_name = 'mixed-5'")
     assert Counter(run.info.status for run in runs) == {"FINISHED": 1, "FAILED": 2}
 
-    again = collect("mixed", 5, out=out, tracking_uri=store, **SMALL)  # nothing left to do
+    again = collect("serving", 5, out=out, tracking_uri=store, **SMALL)  # nothing left to do
     assert again["resumed"] == 5 and again["rows"] == 20
 
 
@@ -147,4 +147,4 @@ def test_bad_arguments(tmp_path):
 def test_record_is_of_the_champion():
     """The packaged champion loads where there is no registry, and says how it was scored."""
     found = registry.find_champion(None, "sqlite:////nowhere/mlflow.db")
-    assert found.name.startswith("train-") and found.manifest["metrics"]["select_cost"] > 0
+    assert found.name.startswith(("train-", "certify-")) and found.manifest["metrics"]["select_cost"] > 0

@@ -35,7 +35,7 @@ class KVzip(Eviction):
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
         assert sequence.recalled is not None
-        credit, (_, pos) = sequence.recalled[layer], sequence.slots(layer)
-        known = pos < credit.shape[1]
+        credit, (used, pos) = sequence.recalled[layer], sequence.slots(layer)
+        known = used & (pos < credit.shape[1])  # the position of an unused slot is whatever memory held
         heads = np.arange(len(credit))[:, None, None]
         return np.where(known, credit[heads, np.where(known, pos, 0)], np.inf)  # what came later is kept
