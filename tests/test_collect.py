@@ -119,7 +119,7 @@ def test_kill_interrupt_resume(local_ray, store, tmp_path):
     assert len(pairs) == 20 and set(pairs.values()) == {1}
     assert not [f for f in out.rglob("*") if f.suffix == ".tmp"]
     mlflow = tracking.client(store)
-    runs = mlflow.search_runs([tracking.experiment_id(mlflow)], "attributes.run_name = 'mixed-5'")
+    runs = mlflow.search_runs([tracking.experiment_id(mlflow)], "attributes.run_name = 'serving-5'")
     assert Counter(run.info.status for run in runs) == {"FINISHED": 1, "FAILED": 2}
 
     again = collect("serving", 5, out=out, tracking_uri=store, **SMALL)  # nothing left to do
