@@ -160,7 +160,7 @@ def test_samples_round_trip(engine: Engine, tiny: LoadedModel, tmp_path: Path) -
     worker.loaded = tiny
     labels = tmp_path / "labels"
     for sample in (plain, found["first"]):
-        made = worker.label(sample)
+        made = worker.replay(sample)
         assert isinstance(made, list)
         trajectories.write(made, sampling.labels_of(labels, sample))
     kept = dataset.rows(trajectories.read(labels))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from adaptivekv.cluster.samples import Sample, labels_of, read
-from adaptivekv.cluster.workers import ReplayWorker, connect, on_cpu, row
+from adaptivekv.cluster.workers import Worker, actors, on_cpu, replayed, row
 from adaptivekv.controller import CANDIDATES
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
@@ -54,7 +54,7 @@ def label(
         count, name = min(workers, len(todo)), served.pop()
         given = contextlib.nullcontext(pool) if pool else labellers(count, name, plans, new_tokens)
         with given as ready:
-            for done, (sample, found) in enumerate(_each(ready, todo), 1):
+            for done, (sample, found) in enumerate(replayed(ready, todo), 1):
                 if isinstance(found, str):
                     failed[sample.id] = found
                 else:
@@ -71,10 +71,10 @@ def label(
     }
 
 
-class Labeller(ReplayWorker):
-    """A ReplayWorker whose requests were served: their tokens and what the controller saw are known."""
+class Labeller(Worker):
+    """Its jobs were served: their tokens and what the controller saw are known."""
 
-    def label(self, sample: Sample) -> list[dict[str, Any]] | str:
+    def replay(self, sample: Sample) -> list[dict[str, Any]] | str:
         if fault := self.load():
             return fault
         plans = tuple(dict.fromkeys([*self.plans, sample.plan]))
@@ -104,54 +104,9 @@ def _asked(sample: Sample, new: int) -> Request:
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def labellers(count: int, model: str | None, plans: Sequence[str] | None, new_tokens: int) -> Iterator[list[Any]]:
-    """`count` Labellers that load their model, on the Ray of this process, of RAY_ADDRESS, or a local one."""
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        connect(ray, count)
-    pool: list[Any] = []
-    try:
-        free = int(ray.available_resources().get("CPU", 0))
-        if free < count:
-            raise AdaptiveKVError(f"label: workers is {count}, and Ray has {free} CPUs free")
-        environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}}
-        gpus = min(1.0, int(100 * ray.available_resources().get("GPU", 0) / count) / 100)
-        kind = ray.remote(Labeller).options(num_cpus=1, num_gpus=gpus, max_restarts=2, runtime_env=environment)
-        names = tuple(dict.fromkeys(["full", *(str(Plan.parse(plan)) for plan in plans or CANDIDATES)]))
-        pool = [kind.remote(model, names, new_tokens) for _ in range(count)]
-        for worker in pool:
-            worker.load.remote()
-        yield pool
-    except ray.exceptions.RayError as error:
-        line = str(error).strip().splitlines()[0]
-        raise AdaptiveKVError(f"label: Ray failed ({line}); run the same command again") from None
-    finally:
-        for worker in pool:
-            ray.kill(worker)
-        if started:
-            ray.shutdown()
-
-
-def _each(pool: list[Any], samples: Sequence[Sample]) -> Iterator[tuple[Sample, list[dict[str, Any]] | str]]:
-    """Each sample with its rows or what went wrong, as they finish."""
-    import ray
-
-    for fault in ray.get([worker.load.remote() for worker in pool]):
-        if fault:
-            raise AdaptiveKVError(fault)
-    waiting, idle = list(samples), list(pool)
-    running: dict[Any, tuple[Any, Sample]] = {}
-    while waiting or running:
-        while waiting and idle:
-            worker, sample = idle.pop(), waiting.pop(0)
-            running[worker.label.remote(sample)] = worker, sample
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        worker, sample = running.pop(ready)
-        idle.append(worker)
-        try:
-            yield sample, ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            yield sample, f"{type(error.cause).__name__}: {error.cause}".splitlines()[0]
+def labellers(
+    count: int, model: str | None, plans: Sequence[str] | None, new_tokens: int
+) -> contextlib.AbstractContextManager[list[Any]]:
+    """`count` Labellers of these plans (default: the controller's candidates)."""
+    names = tuple(dict.fromkeys(["full", *(str(Plan.parse(plan)) for plan in plans or CANDIDATES)]))
+    return actors(count, model, names, new_tokens, Labeller, "label")

@@ -6,9 +6,9 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,11 +26,12 @@ from adaptivekv.trainer import workload
 from adaptivekv.trainer.workload import Prompt, Request
 
 QUIET = ("RAY_USAGE_STATS_ENABLED=0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0")
+Job = TypeVar("Job")  # what a kind of worker replays
 VERSION = "replay"  # of the policy that "chose": none did, every plan was run
 
 
-class ReplayWorker:
-    """One model, one torch thread; `replay` does one request at a time and may be repeated."""
+class Worker:
+    """One model, one torch thread. Each kind of it has a `replay`, which does one job at a time and may be repeated."""
 
     def __init__(self, model: str | None, plans: tuple[str, ...], new_tokens: int):
         torch.set_num_threads(1)
@@ -44,6 +45,10 @@ class ReplayWorker:
         except AdaptiveKVError as error:
             return str(error)
         return None
+
+
+class ReplayWorker(Worker):
+    """Its jobs are drawn requests, which it writes."""
 
     def replay(self, request: Request) -> list[dict[str, Any]] | str:
         """A trajectory row per plan, or why there is none. The prompt is read once, with the full cache."""
@@ -159,8 +164,15 @@ def row(
 
 
 @contextmanager
-def actors(count: int, model: str | None, plans: tuple[str, ...], new_tokens: int) -> Iterator[list[Any]]:
-    """`count` ReplayWorkers with their model loaded, on the Ray of RAY_ADDRESS, of this process, or a local one."""
+def actors(
+    count: int,
+    model: str | None,
+    plans: tuple[str, ...],
+    new_tokens: int,
+    kind: type[Worker] = ReplayWorker,
+    verb: str = "collect",
+) -> Iterator[list[Any]]:
+    """`count` workers that load their model, on the Ray of RAY_ADDRESS, of this process, or a local one."""
     try:
         import ray
     except ImportError:
@@ -171,26 +183,24 @@ def actors(count: int, model: str | None, plans: tuple[str, ...], new_tokens: in
         connect(ray, count)
     pool: list[Any] = []
     try:
-        have = ray.cluster_resources()
-        if ray.available_resources().get("CPU", 0) < count:
-            free = int(ray.available_resources().get("CPU", 0))
+        free = ray.available_resources()
+        if free.get("CPU", 0) < count:
+            have = int(ray.cluster_resources().get("CPU", 0))
             raise AdaptiveKVError(
-                f"collect: workers is {count}, and Ray has {free} of {int(have.get('CPU', 0))} CPUs free"
+                f"{verb}: workers is {count}, and Ray has {int(free.get('CPU', 0))} of {have} CPUs free"
             )
-        gpus = min(1.0, int(100 * have.get("GPU", 0) / count) / 100)
+        gpus = min(1.0, int(100 * free.get("GPU", 0) / count) / 100)
         environment = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}}
-        kind = ray.remote(ReplayWorker).options(
+        actor = ray.remote(kind).options(
             num_cpus=1, num_gpus=gpus, max_restarts=2, runtime_env=None if started else environment
         )
-        pool = [kind.remote(model, plans, new_tokens) for _ in range(count)]
-        for fault in ray.get([worker.load.remote() for worker in pool]):
-            if fault:
-                raise AdaptiveKVError(fault)
+        pool = [actor.remote(model, plans, new_tokens) for _ in range(count)]
+        for worker in pool:
+            worker.load.remote()
         yield pool
     except ray.exceptions.RayError as error:
-        raise AdaptiveKVError(
-            f"collect: Ray failed ({str(error).strip().splitlines()[0]}); run the same command again"
-        ) from None
+        line = str(error).strip().splitlines()[0]
+        raise AdaptiveKVError(f"{verb}: Ray failed ({line}); run the same command again") from None
     finally:
         for worker in pool:
             ray.kill(worker)
@@ -217,18 +227,21 @@ def connect(ray: Any, cpus: int) -> None:
         raise AdaptiveKVError(f"collect: Ray at {address or 'this machine'} does not start ({reason})") from None
 
 
-def replayed(pool: list[Any], requests: list[Request]) -> Iterator[tuple[Request, list[dict[str, Any]] | str]]:
+def replayed(pool: list[Any], requests: Sequence[Job]) -> Iterator[tuple[Job, list[dict[str, Any]] | str]]:
     """Every request with its rows, or with what went wrong, as they finish. A worker that stays dead is dropped."""
     import ray
 
+    for fault in ray.get([worker.load.remote() for worker in pool]):
+        if fault:
+            raise AdaptiveKVError(fault)
     waiting, idle = list(requests), list(pool)
-    running: dict[Any, tuple[Any, Request]] = {}
+    running: dict[Any, tuple[Any, Job]] = {}
     while waiting or running:
         while waiting and idle:
             worker, request = idle.pop(), waiting.pop(0)
             running[worker.replay.remote(request)] = worker, request
         if not running:
-            raise AdaptiveKVError("collect: every Ray worker has died (out of memory?); use fewer workers")
+            raise AdaptiveKVError("every Ray worker has died (out of memory?); use fewer workers")
         (ready,), _ = ray.wait(list(running), num_returns=1)
         worker, request = running.pop(ready)
         try:

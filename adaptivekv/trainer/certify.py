@@ -92,6 +92,7 @@ def certify(
         "sources": " ".join(map(str, sources))[:6000],
     }  # fmt: skip
     facts = params | {
+        "sources": " ".join(map(_name, sources)),
         "documents": len(set(part["document"].to_pylist())),
         "plans": sorted(map(str, requests[0].rows.plan)),
         "policy": judged.trained_as,
@@ -117,6 +118,11 @@ def certify(
         "certificate": made.table,
         "plot": str(plot),
     }
+
+
+def _name(source: str | Path) -> str:
+    """A run's id, or the end of a path: a certificate travels, and where its data lay here says nothing there."""
+    return "/".join(Path(source).parts[-2:])
 
 
 def outcomes(
