@@ -23,7 +23,6 @@ from torch import Tensor
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.attend import PageBatch
 from adaptivekv.kernels.codec import PAGE, UNIT
-from adaptivekv.kernels.hadamard import signs
 from adaptivekv.kernels.mergekv import merge_kernel, prepare_kernel
 from adaptivekv.kernels.select import select_pages
 from adaptivekv.kernels.splitkv import split_kernel
@@ -34,8 +33,8 @@ __all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "pro
 ROWS = 16
 """Most query rows per KV head; fewer are padded to it, the smallest tile of a tensor-core product."""
 
-_REGISTERS = 65536  # 32-bit registers of a multiprocessor, from Volta to Blackwell
-_SIGNS = 128 * 128  # elements of the rotation held in registers at once
+_REGISTERS = 16384  # 32-bit registers of a multiprocessor's quarter, from Volta to Blackwell; a warp stays in one
+_MERGED = 32768  # elements of parts that a program of the merge holds in registers at once
 _MEASURED = 64  # pages whose mass one program works out
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,18 +66,19 @@ def attend_table(
     if page_lse is None and mass is not None:
         page_lse = torch.empty(rows, columns, m, device=device)
     part, part_lse, _ = _split(q, table, scale, softcap, new, page_lse)
-    v_sign, v_norm = signs(v_dim, device)
-    bv = triton.next_power_of_2(v_dim)
+    bv, block = triton.next_power_of_2(v_dim), v_dim & -v_dim
     out = torch.empty((rows, m, v_dim), dtype=q.dtype, device=device)
     lse = torch.empty((rows, m), device=device)
-    few = len(work.spans) < 12 * rows  # parts of a row: as many as there are in flight, not many more
+    # All parts of a row in one load: a second round waits for memory once more.
+    usual = triton.next_power_of_2(min(columns, len(work.spans) // rows + len(table.pairs)))
+    chunk = max(1, min(max(usual, 8), _MERGED // bv))
     measured = 0 if mass is None else triton.cdiv(columns, _MEASURED)
     merge_kernel[rows, m + measured](
-        part, part_lse, work.turned, work.parts, v_sign, out, lse, part_lse if page_lse is None else page_lse,
+        part, part_lse, work.turned, work.parts, out, lse, part_lse if page_lse is None else page_lse,
         table.keys, lse if mass is None else mass, columns,
-        M=m, DV=v_dim, BV=bv, BM=ROWS, STEP=min(bv, _SIGNS // bv), NORM=v_norm, ROTATE=table.rotated,
-        MASS=mass is not None, PAGES=_MEASURED, CHUNK=(2048 if few else 8192) // bv, PDL=pdl,
-        num_warps=4 if few else 8, launch_pdl=pdl,
+        M=m, DV=v_dim, BV=bv, BM=ROWS, BLOCK=block, NORM=block**-0.5, ROTATE=table.rotated,
+        MASS=mass is not None, PAGES=_MEASURED, CHUNK=chunk, PDL=pdl,
+        num_warps=max(1, chunk * bv // 2048), launch_pdl=pdl,
     )  # fmt: skip
     return out, lse
 
@@ -102,24 +102,25 @@ def _split(
     empty = functools.partial(torch.empty, device=device, dtype=torch.float32)
     planes = q = q.contiguous()
     if table.rotated or new:
-        k_sign, k_norm = signs(k_dim, device)
-        bk, bv = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
+        bk, bv, block = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim), k_dim & -k_dim
         planes = empty((2, rows, m, k_dim))
         prepare_kernel[rows, m](
-            q, *(new or (q, q)), k_sign, planes, native, table.keys, table.values, table.tails, columns, table.heads,
-            rows, M=m, DK=k_dim, DV=v_dim, BK=bk, BV=bv, STEP=min(bk, _SIGNS // bk), NORM=k_norm,
-            ITEM=item, ROTATE=table.rotated, APPEND=new is not None, PDL=pdl, num_warps=8, launch_pdl=pdl,
+            q, *(new or (q, q)), planes, native, table.keys, table.values, table.tails, columns, table.heads,
+            rows, M=m, DK=k_dim, DV=v_dim, BK=bk, BV=bv, BLOCK=block, NORM=block**-0.5,
+            ITEM=item, ROTATE=table.rotated, APPEND=new is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
         )  # fmt: skip
     part, part_lse = empty((items, m, v_dim)), empty((items, m))
     tiles = {16: launch.native_tiles, 8: launch.int8_tiles}
+    pdl &= not table.chosen
     compiled = split_kernel[(len(work.spans),)](
         planes, native, arena.view(torch.int16), arena.view(torch.float16), table.keys, table.values,
-        table.keys.view(torch.int32), work.items, work.slots, work.spans, table.tails, part, part_lse,
+        table.keys.view(torch.int32), work.items, work.slots, work.spans, work.claims, table.tails, part, part_lse,
         part_lse if page_lse is None else page_lse, rows, columns, table.heads,
-        scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0,
+        scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0, processors(device),
         M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
-        BM=ROWS, PAGE=PAGE, SUBS=tuple(tiles.get(k.bits, 1) for k, _ in table.pairs), ITEM=item,
-        CAP=softcap is not None, STATS=page_lse is not None, CLEAN=table.clean, STAGES=launch.stages, PDL=pdl,
+        BM=8 if m <= 8 else ROWS, PAGE=PAGE, SUBS=tuple(tiles.get(k.bits, 1) for k, _ in table.pairs), ITEM=item,
+        CAP=softcap is not None, STATS=page_lse is not None, CLEAN=table.clean, STAGES=launch.stages,
+        GROUPS=work.claims.shape[-1] - 1, PDL=pdl,
         INTERPRET=_INTERPRETED, num_warps=launch.warps, launch_pdl=pdl,
     )  # fmt: skip
     return part, part_lse, compiled
@@ -130,7 +131,7 @@ def occupancy(q: Tensor, table: PageTable) -> Launch:
     *_, kernel = _split(q, table, 1.0)
     properties = torch.cuda.get_device_properties(q.device)
     warp_registers = -(-kernel.n_regs * 32 // 256) * 256  # registers are given out by 256 to a warp
-    by_registers = _REGISTERS // (warp_registers * table.launch.warps)
+    by_registers = 4 * (_REGISTERS // warp_registers) // table.launch.warps
     by_memory = properties.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
     return dataclasses.replace(table.launch, programs=max(1, min(by_registers, by_memory, 32)))
 

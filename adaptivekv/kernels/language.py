@@ -10,3 +10,23 @@ def log2(x, INTERPRET: tl.constexpr):
     if INTERPRET:
         return tl.log2(x)
     return tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def butterflies(x, BLOCK: tl.constexpr):
+    """x [B], each BLOCK elements times the Walsh-Hadamard matrix of signs (hadamard.py): log2(BLOCK) sums, no table.
+
+    A round pairs neighbours and puts sums before differences, which turns the index by one bit: after all rounds each
+    bit has had its turn and is back in its place.
+    """
+    GROUPS: tl.constexpr = x.shape[0] // BLOCK
+    y = tl.reshape(x, [GROUPS, BLOCK])
+    for _ in tl.static_range(_bits(BLOCK)):
+        a, b = tl.split(tl.reshape(y, [GROUPS, BLOCK // 2, 2]))
+        y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [GROUPS, BLOCK])
+    return tl.reshape(y, [x.shape[0]])
+
+
+@triton.constexpr_function
+def _bits(block):
+    return block.bit_length() - 1

@@ -4,21 +4,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _signs(sign_ptr, start, D: tl.constexpr, BD: tl.constexpr, STEP: tl.constexpr):
-    """Columns start to start + STEP of the rotation's sign matrix, [BD, STEP]."""
-    dim = tl.arange(0, BD)
-    col = start + tl.arange(0, STEP)
-    return tl.load(sign_ptr + dim[:, None] * D + col[None, :], mask=(dim[:, None] < D) & (col[None, :] < D), other=0)
+from adaptivekv.kernels.language import butterflies
 
 
 @triton.jit
 def prepare_kernel(
-    q_ptr, k_ptr, v_ptr, sign_ptr, plane_ptr, native_ptr, key_ptr, value_ptr, tail_ptr, columns, heads, all_rows,
-    M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    STEP: tl.constexpr, NORM: tl.constexpr, ITEM: tl.constexpr, ROTATE: tl.constexpr, APPEND: tl.constexpr,
-    PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, plane_ptr, native_ptr, key_ptr, value_ptr, tail_ptr, columns, heads, all_rows,
+    M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, ITEM: tl.constexpr, ROTATE: tl.constexpr, APPEND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Both planes of the query, as it is and rotated; with APPEND the new key and value go into the open tail.
 
@@ -27,8 +20,6 @@ def prepare_kernel(
     row = tl.program_id(0).to(tl.int64)
     m = tl.program_id(1)
     dim = tl.arange(0, BK)
-    if ROTATE:
-        sign = _signs(sign_ptr, 0, DK, BK, STEP)  # constant: before the wait
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -36,12 +27,7 @@ def prepare_kernel(
     q = tl.load(q_ptr + at * DK + dim, mask=dim < DK, other=0.0).to(tl.float32)
     tl.store(plane_ptr + at * DK + dim, q, mask=dim < DK)
     if ROTATE:
-        plane_ptr += (all_rows * M + at) * DK
-        for start in tl.static_range(0, DK, STEP):
-            if start > 0:
-                sign = _signs(sign_ptr, start, DK, BK, STEP)
-            col = start + tl.arange(0, STEP)
-            tl.store(plane_ptr + col, tl.sum(q[:, None] * sign.to(tl.float32), 0) * NORM, mask=col < DK)
+        tl.store(plane_ptr + (all_rows * M + at) * DK + dim, butterflies(q, BLOCK) * NORM, mask=dim < DK)
     if APPEND:  # noqa: SIM102 - known when compiled, so the other half is not even compiled
         if m == 0:
             slot = tl.load(tail_ptr + row // heads) - 1
@@ -56,8 +42,8 @@ def prepare_kernel(
 
 @triton.jit
 def _merge(
-    part_ptr, part_lse_ptr, turned_ptr, first, n, sign, sign_ptr, out_ptr, lse_ptr, m,
-    M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
+    part_ptr, part_lse_ptr, turned_ptr, first, n, out_ptr, lse_ptr, m,
+    M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
     ROTATE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One query row: the parts first to first + n, those of rotated pages rotated back."""
@@ -87,22 +73,10 @@ def _merge(
             plain = plain * fade + tl.sum(part * tl.where(rotated, 0.0, weight)[:, None], 0)
         else:
             plain = plain * fade + tl.sum(part * weight[:, None], 0)
-    norm = 1.0 / tl.where(total > 0, total, 1.0)
-    tl.store(lse_ptr + m, top + tl.log(total))
-    out_ptr += m * DV
     if rotated_parts > 0:
-        for start_dim in tl.static_range(0, DV, STEP):
-            if start_dim > 0:
-                sign = _signs(sign_ptr, start_dim, DV, BV, STEP)
-            col = start_dim + tl.arange(0, STEP)
-            out = tl.sum(turned[:, None] * sign.to(tl.float32), 0) * NORM
-            if STEP < BV:
-                out += tl.sum(tl.where(dim[:, None] == col[None, :], plain[:, None], 0.0), 0)
-            else:
-                out += plain
-            tl.store(out_ptr + col, out * norm, mask=col < DV)
-    else:
-        tl.store(out_ptr + dim, plain * norm, mask=dim < DV)
+        plain += butterflies(turned, BLOCK) * NORM
+    tl.store(lse_ptr + m, top + tl.log(total))
+    tl.store(out_ptr + m * DV + dim, plain / tl.where(total > 0, total, 1.0), mask=dim < DV)
 
 
 @triton.jit
@@ -133,8 +107,8 @@ def _mass(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, part_lse_ptr, turned_ptr, parts_ptr, sign_ptr, out_ptr, lse_ptr, page_lse_ptr, key_ptr, mass_ptr, columns,
-    M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
+    part_ptr, part_lse_ptr, turned_ptr, parts_ptr, out_ptr, lse_ptr, page_lse_ptr, key_ptr, mass_ptr, columns,
+    M: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
     ROTATE: tl.constexpr, MASS: tl.constexpr, PAGES: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs 0 to M - 1 of a row merge its parts, one query row each; with MASS the rest turn page lse into mass."""
@@ -142,15 +116,12 @@ def merge_kernel(
     job = tl.program_id(1)
     first = tl.load(parts_ptr + row * 2)
     n = tl.load(parts_ptr + row * 2 + 1)
-    sign = 0
-    if ROTATE:
-        sign = _signs(sign_ptr, 0, DV, BV, STEP)  # constant, as the table: before the wait
     if PDL:
         gdc_wait()
     if job < M:
         _merge(
-            part_ptr, part_lse_ptr, turned_ptr, first, n, sign, sign_ptr, out_ptr + row * M * DV, lse_ptr + row * M,
-            job, M, DV, BV, STEP, NORM, ROTATE, CHUNK,
+            part_ptr, part_lse_ptr, turned_ptr, first, n, out_ptr + row * M * DV, lse_ptr + row * M,
+            job, M, DV, BV, BLOCK, NORM, ROTATE, CHUNK,
         )  # fmt: skip
     if MASS:  # noqa: SIM102
         if job >= M:

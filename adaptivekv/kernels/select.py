@@ -53,7 +53,8 @@ def select_pages(q: Tensor, table: PageTable, selection: Selection) -> PageTable
 def with_picked(table: PageTable, bounds: Tensor, take: Tensor) -> Selection:
     """Room for choosing among the pages of `table`."""
     keys, values, items = (torch.zeros_like(x) for x in (table.keys, table.values, table.work.items))
-    return Selection(bounds, take, replace(table, keys=keys, values=values, work=replace(table.work, items=items)))
+    work = replace(table.work, items=items)
+    return Selection(bounds, take, replace(table, keys=keys, values=values, work=work, chosen=True))
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def _dot(a, b, acc):
 
 @triton.jit
 def _tile_at(rows, col, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, SLICE: tl.constexpr):
-    """Where slice SLICE of a [M, D] matrix lies, and its mask.
+    """Where slice SLICE of a [M, D] matrix lies, transposed, and its mask.
 
     Byte b of a slot holds dims b, b + D * BITS / 8, ... (codec.py), and word j holds bytes 2j and 2j + 1.
     """
@@ -48,19 +48,19 @@ def _tile_at(rows, col, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, SL
         dim = col
     else:
         dim = (SLICE % PER) * (D // PER) + 2 * col + SLICE // PER
-    return rows[:, None] * D + dim[None, :], (rows[:, None] < M) & (col[None, :] < D * BITS // 16)
+    return rows[None, :] * D + dim[:, None], (rows[None, :] < M) & (col[:, None] < D * BITS // 16)
 
 
 @triton.jit
 def _query(q_ptr, rows, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr, TYPE: tl.constexpr):
-    """The slices of the query, scaled against what `_field` leaves in place, and its sum over the head."""
+    """The slices [BK, rows] of the query, scaled against what `_field` leaves in place, and its sum over the head."""
     col = tl.arange(0, BK)
     q = ()
     total = tl.zeros([rows.shape[0]], tl.float32)
     for s in tl.static_range(1 if BITS == 16 else 16 // BITS):
         at, mask = _tile_at(rows, col, M, D, BITS, s)
         part = tl.load(q_ptr + at, mask=mask, other=0.0).to(TYPE)
-        total += tl.sum(part.to(tl.float32), 1)
+        total += tl.sum(part.to(tl.float32), 0)
         if BITS != 16:
             part = part * (1.0 / (1 << (s * BITS % 8)))
         q = q + (part.to(TYPE),)
@@ -76,7 +76,11 @@ def _attend(
     ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr, CLEAN: tl.constexpr, STAGES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One item: all query rows of a KV head over the pages start to stop of its list, which share a format."""
+    """One item: all query rows of a KV head over the pages start to stop of its list, which share a format.
+
+    Scores and results are held transposed: slots or dims fill the 16 rows of a tensor-core product, and the few query
+    rows its 8 columns. Half the padding, so half the exponentials, products and registers.
+    """
     rows = tl.arange(0, BM)
     N: tl.constexpr = PAGE // SUB  # slots a step
     k_col = tl.arange(0, BK)
@@ -94,7 +98,7 @@ def _attend(
     half_lse = tl.zeros([BM], tl.float32)
     accs = ()
     for _ in tl.static_range(1 if V_BITS == 16 else 16 // V_BITS):
-        accs = accs + (tl.zeros([BM, BV], tl.float32),)
+        accs = accs + (tl.zeros([BV, BM], tl.float32),)
 
     for step in tl.range(start * SUB, stop * SUB, num_stages=STAGES):
         page = step // SUB
@@ -111,28 +115,28 @@ def _attend(
         # Scores, in units of log 2.
         k_at = slot[:, None] * K_WIDTH + k_col[None, :]
         k_mask = all_slots[:, None] & (k_col[None, :] < K_WIDTH)
-        scores = tl.zeros([BM, N], tl.float32)
+        scores = tl.zeros([N, BM], tl.float32)
         if K_BITS == 16:
             k = tl.load(native_ptr + k_off // ITEM + k_at, mask=k_mask, other=0.0)
-            scores = _dot(q[0], tl.trans(k.to(K_TYPE)), scores) * scale
+            scores = _dot(k.to(K_TYPE), q[0], scores) * scale
         else:
             k = tl.load(word_ptr + k_off // 2 + k_at, mask=k_mask, other=0)
             pair = half_ptr + k_off // 2 + PAGE * K_WIDTH
             k_step = tl.load(pair + slot, mask=all_slots, other=0.0).to(tl.float32) * scale
             k_zero = tl.load(pair + PAGE + slot, mask=all_slots, other=0.0).to(tl.float32) * scale
             for s in tl.static_range(16 // K_BITS):
-                scores = _dot(q[s], tl.trans(_field(k, s * K_BITS, K_BITS, INTERPRET).to(K_TYPE)), scores)
-            scores = scores * (k_step * _SHRINK)[None, :] + q_sum[:, None] * k_zero[None, :]
+                scores = _dot(_field(k, s * K_BITS, K_BITS, INTERPRET).to(K_TYPE), q[s], scores)
+            scores = scores * (k_step * _SHRINK)[:, None] + q_sum[None, :] * k_zero[:, None]
         if CAP:  # tanh(x) = 2 sigmoid(2x) - 1
             scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * _LOG2E)
-        scores = tl.where(used[None, :], scores, -float("inf"))
+        scores = tl.where(used[:, None], scores, -float("inf"))
 
         # Online softmax; a finite floor keeps -inf - -inf out of rows that have seen no key yet.
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 0))
         floor = tl.maximum(new_top, -1e38)
-        weights = tl.exp2(scores - floor[:, None])
+        weights = tl.exp2(scores - floor[None, :])
         fade = tl.exp2(top - floor)
-        mass = tl.sum(weights, 1)
+        mass = tl.sum(weights, 0)
         total = total * fade + mass
         top = new_top
         if STATS:
@@ -146,13 +150,13 @@ def _attend(
             tl.store(page_lse_ptr + page * M + rows, page_lse * _LN2, mask=rows < M)
 
         # Values.
-        v_at = slot[:, None] * V_WIDTH + v_col[None, :]
-        v_mask = all_slots[:, None] & (v_col[None, :] < V_WIDTH)
+        v_at = slot[None, :] * V_WIDTH + v_col[:, None]
+        v_mask = all_slots[None, :] & (v_col[:, None] < V_WIDTH)
         if V_BITS == 16:
             v = tl.load(native_ptr + v_off // ITEM + v_at, mask=v_mask, other=0.0)
             if CLEAN:  # what an unused slot holds can be NaN, and 0 * NaN is NaN
-                v = tl.where(used[:, None], v, 0.0)
-            accs = (_dot(weights.to(V_TYPE), v.to(V_TYPE), accs[0] * fade[:, None]),)
+                v = tl.where(used[None, :], v, 0.0)
+            accs = (_dot(v.to(V_TYPE), weights.to(V_TYPE), accs[0] * fade[None, :]),)
         else:
             v = tl.load(word_ptr + v_off // 2 + v_at, mask=v_mask, other=0)
             pair = half_ptr + v_off // 2 + PAGE * V_WIDTH
@@ -160,45 +164,42 @@ def _attend(
             v_zero = tl.load(pair + PAGE + slot, mask=all_slots, other=0.0).to(tl.float32)
             v_step = tl.where(used, v_step, 0.0)  # an unused slot's scale can be NaN, and 0 * NaN is NaN
             v_zero = tl.where(used, v_zero, 0.0)
-            shift = shift * fade + tl.sum(weights * v_zero[None, :], 1)
-            scaled = (weights * v_step[None, :]).to(V_TYPE)
+            shift = shift * fade + tl.sum(weights * v_zero[:, None], 0)
+            scaled = (weights * v_step[:, None]).to(V_TYPE)
             new = ()
             for s in tl.static_range(16 // V_BITS):
-                new = new + (
-                    _dot(scaled, _field(v, s * V_BITS, V_BITS, INTERPRET).to(V_TYPE), accs[s] * fade[:, None]),
-                )
+                levels = _field(v, s * V_BITS, V_BITS, INTERPRET).to(V_TYPE)
+                new = new + (_dot(levels, scaled, accs[s] * fade[None, :]),)
             accs = new
 
-    norm = (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    norm = (1.0 / tl.where(total > 0, total, 1.0))[None, :]
     tl.store(lse_ptr + rows, (tl.maximum(top, -1e38) + tl.log2(total)) * _LN2, mask=rows < M)
     for s in tl.static_range(1 if V_BITS == 16 else 16 // V_BITS):
         at, mask = _tile_at(rows, v_col, M, DV, V_BITS, s)
         if V_BITS == 16:
             tl.store(out_ptr + at, accs[s] * norm, mask=mask)
         else:
-            tl.store(out_ptr + at, (accs[s] * (_SHRINK / (1 << (s * V_BITS % 8))) + shift[:, None]) * norm, mask=mask)
+            tl.store(out_ptr + at, (accs[s] * (_SHRINK / (1 << (s * V_BITS % 8))) + shift[None, :]) * norm, mask=mask)
 
 
 @triton.jit
 def split_kernel(
-    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, slot_ptr, span_ptr, tail_ptr,
-    out_ptr, lse_ptr, page_lse_ptr, all_rows, columns, heads, scale, softcap,
+    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, slot_ptr, more_ptr, claim_ptr,
+    tail_ptr, out_ptr, lse_ptr, page_lse_ptr, all_rows, columns, heads, scale, softcap, processors,
     M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TYPE: tl.constexpr, BM: tl.constexpr,
     PAGE: tl.constexpr, SUBS: tl.constexpr, ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
-    CLEAN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
+    CLEAN: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """One program a span of items (row, format, first page, last page + 1), each with a result of its own."""
-    first = tl.load(span_ptr + tl.program_id(0) * 2)
-    last = first + tl.load(span_ptr + tl.program_id(0) * 2 + 1)
+    """One program a share of the work: its first item, and those of its span. Each item has a result of its own."""
+    share, claimed = _claim(claim_ptr, processors, GROUPS, INTERPRET)
+    more = tl.load(more_ptr + share * 2)
+    many = tl.load(more_ptr + share * 2 + 1)
+    row, code, start, stop, to = _item(item_ptr, slot_ptr, share, True)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()  # for the query and the tail; the table was complete before
-    for item in range(first, last):
-        row = tl.load(item_ptr + item * 4).to(tl.int64)
-        code = tl.load(item_ptr + item * 4 + 1)
-        start = tl.load(item_ptr + item * 4 + 2)
-        stop = tl.load(item_ptr + item * 4 + 3)
-        to = tl.load(slot_ptr + item) * M
+    for item in range(more, more + many + 1):
+        result = to * M
         if start < stop:
             tail = tl.load(tail_ptr + row // heads)
             plane = q_ptr + ((code // 16) * all_rows + row) * M * DK  # the second plane is the rotated query
@@ -207,18 +208,55 @@ def split_kernel(
                     _attend(
                         plane, native_ptr, word_ptr, half_ptr,
                         key_ptr + row * columns, value_ptr + row * columns, count_ptr + 2 * row * columns,
-                        start, stop, tail, out_ptr + to * DV, lse_ptr + to, page_lse_ptr + row * columns * M,
+                        start, stop, tail, out_ptr + result * DV, lse_ptr + result, page_lse_ptr + row * columns * M,
                         scale, softcap, M, DK, DV, PAIRS[i][0], PAIRS[i][1], TYPE,
                         _tile(DK, PAIRS[i][0]), _tile(DV, PAIRS[i][1]), BM, PAGE, SUBS[i], ITEM, CAP, STATS, CLEAN,
                         STAGES, INTERPRET,
                     )  # fmt: skip
-        else:  # pages were chosen, and none of this run
+        elif to >= 0:  # pages were chosen, and none of this run
             rows = tl.arange(0, BM)
             col = tl.arange(0, triton.next_power_of_2(DV))
-            tl.store(lse_ptr + to + rows, tl.full([BM], -float("inf"), tl.float32), mask=rows < M)
+            tl.store(lse_ptr + result + rows, tl.full([BM], -float("inf"), tl.float32), mask=rows < M)
             mask = (rows[:, None] < M) & (col[None, :] < DV)
-            at = to * DV + rows[:, None] * DV + col[None, :]
+            at = result * DV + rows[:, None] * DV + col[None, :]
             tl.store(out_ptr + at, tl.zeros([BM, triton.next_power_of_2(DV)], tl.float32), mask=mask)
+        row, code, start, stop, to = _item(item_ptr, slot_ptr, item, item < more + many)
+    if claimed == tl.num_programs(0) - 1:  # the last to claim: nobody will before the next launch
+        group = tl.arange(0, triton.next_power_of_2(GROUPS + 1))
+        tl.store(claim_ptr + group, tl.zeros_like(group), mask=group <= GROUPS)
+
+
+@triton.jit
+def _claim(claim_ptr, processors, GROUPS: tl.constexpr, INTERPRET: tl.constexpr):
+    """A share of the work that no other program has, and how many had claimed one before.
+
+    Neighbouring shares are mostly of one format. A group of multiprocessors takes them from a stretch of its own, so
+    that few loops run on each: all formats' together do not fit its instruction cache. What a group has too few
+    programs for, since the hardware places them freely, others take.
+    """
+    SIZE = tl.num_programs(0) // GROUPS
+    here = 0
+    if not INTERPRET:
+        here = tl.inline_asm_elementwise(
+            "mov.u32 $0, %smid; // $1", "=r,r", [SIZE], dtype=tl.int32, is_pure=False, pack=1
+        )
+    group = tl.minimum(here * GROUPS // processors, GROUPS - 1)
+    claimed = tl.atomic_add(claim_ptr + GROUPS, 1, sem="relaxed")
+    share = tl.atomic_add(claim_ptr + group, 1, sem="relaxed")
+    while share >= SIZE:
+        group = (group + 1) % GROUPS
+        share = tl.atomic_add(claim_ptr + group, 1, sem="relaxed")
+    return group * SIZE + share, claimed
+
+
+@triton.jit
+def _item(item_ptr, slot_ptr, item, here):
+    """Row, format, first page, last page + 1 and place of the result of an item; an empty one has place -1."""
+    row = tl.load(item_ptr + item * 4, mask=here, other=0).to(tl.int64)
+    code = tl.load(item_ptr + item * 4 + 1, mask=here, other=0)
+    start = tl.load(item_ptr + item * 4 + 2, mask=here, other=0)
+    stop = tl.load(item_ptr + item * 4 + 3, mask=here, other=0)
+    return row, code, start, stop, tl.load(slot_ptr + item, mask=here, other=-1)
 
 
 @triton.constexpr_function

@@ -36,9 +36,11 @@ class Launch:
 class Work:
     """Who attends to what, int32, for the R rows of one layer, or of layers [L, ...]; written in place.
 
-    items [I, 4]: row, format, first page, last page + 1; format = index in `PageTable.pairs`, + ROTATED.
-    slots [I]: where an item's result goes; turned [I]: whether the result there is of rotated pages.
-    spans [programs, 2]: first item of a program and how many it has; parts [R, 2]: first result of a row and how many.
+    items [I, 4]: row, format, first page, last page + 1; format = index in `PageTable.pairs`, + ROTATED. Item i is the
+    first of share i, as long as there are shares; the others follow. slots [I]: where an item's result goes, -1 for an
+    empty item; turned [I]: whether the result there is of rotated pages.
+    spans [shares, 2]: a share's second item and how many there are from there on; parts [R, 2]: first result of a row
+    and how many. claims [groups + 1]: shares taken in a launch, by each group of multiprocessors and in all; 0 between.
     """
 
     items: Tensor
@@ -46,6 +48,7 @@ class Work:
     turned: Tensor
     spans: Tensor
     parts: Tensor
+    claims: Tensor
 
     def copy_(self, other: "Work") -> None:
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
@@ -65,6 +68,7 @@ class PageTable:
     tails: int32 [R // heads], slots in the tail of each request. pairs: codecs of keys and values.
     dtype: of native pages. k_dim, v_dim: head dimensions. rotated: whether a page may be Hadamard-rotated.
     clean: unused slots of native values may hold NaN; not so in pages and tails as `memory` writes them.
+    chosen: a kernel of the step itself writes the pages and items, so nothing of them may be read ahead of its end.
     """
 
     arena: Tensor
@@ -80,56 +84,67 @@ class PageTable:
     rotated: bool = True
     clean: bool = False
     launch: Launch = Launch()
+    chosen: bool = False
 
 
 def page_time(size: int, k_dim: int, v_dim: int) -> int:
-    """Relative time of a page of `size` bytes: what it reads and, per element, what it computes (docs/kernels.md)."""
-    return size + 40 * (k_dim + v_dim)
+    """Relative time of a page of `size` bytes beside pages of other formats (docs/kernels.md): what a program computes
+    and waits for weighs more than what it reads, as long as others leave it its share of the bandwidth."""
+    return size + 170 * (k_dim + v_dim)
 
 
 def plan_work(code: Tensor, time: Tensor, processors: int, together: int) -> Work:
-    """Divide the pages of each layer among processors * together programs, evenly by time.
+    """Divide the pages of each layer into processors * together shares, evenly by time.
 
     code: uint8 [L, R, C], format of each page as in `Work.items`, rising in a row, ABSENT behind the last;
-    time: int64 [256], what a page of each format takes (0 for ABSENT). There are programs + R * FORMATS items at most;
-    unused ones are zero. Nothing waits for the device.
+    time: int64 [256], what a page of each format takes (0 for ABSENT). There are shares + R * FORMATS items at most.
+    Nothing waits for the device.
 
-    Pages are handed out format by format, and `together` programs in a row to one processor (block i runs on processor
-    i modulo their number): the loops of several formats do not fit its instruction cache. A program gets no less than
-    the square root of an eighth of a row's pages, for more parts cost more merging than they save.
+    Pages are handed out format by format, so that neighbouring shares have one format. A share is no smaller than
+    sqrt(pages of a row / 32), for more parts cost more merging than they save.
     """
     layers, rows, columns = code.shape
-    programs, device = processors * together, code.device
-    room = programs + rows * FORMATS
+    shares, device = processors * together, code.device
+    room = shares + rows * FORMATS
     code, order = code.view(layers, -1).sort(dim=1, stable=True)  # by format, then row by row
     row, column, live = order // columns, order % columns, code != ABSENT
     cost = time[code.long()]
     before = cost.cumsum(1) - cost
     total, pages = before[:, -1:] + cost[:, -1:], live.sum(1, keepdim=True).clamp(min=1)
-    least = (total / pages * (pages / (8 * rows)).sqrt()).long()
-    fair = torch.maximum((total + programs - 1).div(programs, rounding_mode="floor"), least).clamp(min=1)
-    chunk = (before // fair).clamp(max=programs - 1)
-    # A page starts an item where its format, row or program is not that of the page before.
-    changed = (code[:, 1:] != code[:, :-1]) | (row[:, 1:] != row[:, :-1]) | (chunk[:, 1:] != chunk[:, :-1])
-    starts = live.clone()
-    starts[:, 1:] &= changed
-    item = torch.where(live, starts.cumsum(1) - 1, room)  # absent pages write to a slot that is cut off
-    first = torch.where(starts, item, room)
+    least = (total / pages * (pages / (32 * rows)).sqrt()).long()
+    fair = torch.maximum((total + shares - 1).div(shares, rounding_mode="floor"), least).clamp(min=1)
+    share = (before // fair).clamp(max=shares - 1)
+    # A page starts an item where its format, row or share is not that of the page before.
+    first, starts = live.clone(), live.clone()
+    first[:, 1:] &= share[:, 1:] != share[:, :-1]
+    starts[:, 1:] &= first[:, 1:] | (code[:, 1:] != code[:, :-1]) | (row[:, 1:] != row[:, :-1])
+    later = starts & ~first
+    item = torch.where(first, share, shares + later.cumsum(1) - 1)  # of a page that starts one
+    at = torch.where(starts, item, room)  # what starts none writes to a place that is cut off
     by_row = torch.zeros_like(starts).scatter_(1, order, starts)  # results lie row by row
     slot = (by_row.cumsum(1) - 1).gather(1, order)
 
-    def listed(at: Tensor, value: Tensor) -> Tensor:
-        return torch.zeros(layers, room + 1, dtype=torch.int64, device=device).scatter_(1, at, value)[:, :room]
+    def listed(value: Tensor, where: Tensor = at, empty: int = 0) -> Tensor:
+        out = torch.full((layers, room + 1), empty, dtype=torch.int64, device=device)
+        return out.scatter_(1, where, value)[:, :room]
 
-    length = torch.zeros(layers, room + 1, dtype=torch.int64, device=device).scatter_add_(1, item, live.long())
-    start = listed(first, column)
-    items = torch.stack([listed(first, row), listed(first, code.long()), start, start + length[:, :room]], 2)
-    turned = listed(torch.where(starts, slot, room), (code >= ROTATED).long())
-    count = torch.zeros(layers, programs, dtype=torch.int64, device=device).scatter_add_(1, chunk, starts.long())
-    begin = count.cumsum(1) - count
-    at = torch.arange(programs, device=device)
-    place = (at % together * processors + at // together).expand(layers, -1)
-    spans = torch.stack([torch.zeros_like(x).scatter_(1, place, x) for x in (begin, count)], 2)
+    # How many pages follow until the next start: an item's length.
+    number = torch.where(live, starts.cumsum(1), 0)
+    length = torch.zeros(layers, rows * columns + 1, dtype=torch.int64, device=device).scatter_add_(
+        1, number, live.long()
+    )
+    start = listed(column)
+    stop = listed(column + length.gather(1, number))
+    items = torch.stack([listed(row), listed(code.long()), start, stop], 2)
+    turned = listed((code >= ROTATED).long(), torch.where(starts, slot, room))
+    count = torch.zeros(layers, shares, dtype=torch.int64, device=device).scatter_add_(1, share, later.long())
+    spans = torch.stack([shares + count.cumsum(1) - count, count], 2)
     per_row = by_row.view(layers, rows, columns).sum(2)
     parts = torch.stack([per_row.cumsum(1) - per_row, per_row], 2)
-    return Work(items.int(), listed(first, slot).int(), turned.int(), spans.int(), parts.int())
+    claims = torch.zeros(layers, _groups(processors) + 1, dtype=torch.int32, device=device)
+    return Work(items.int(), listed(slot, empty=-1).int(), turned.int(), spans.int(), parts.int(), claims)
+
+
+def _groups(processors: int) -> int:
+    """Groups of multiprocessors whose programs take neighbouring shares: about a dozen, of equal size."""
+    return max(n for n in range(1, 13) if processors % n == 0)
