@@ -277,6 +277,29 @@ def test_page_attention_replays_in_a_cuda_graph():
     close((out, lse), attend_pages(q, batch, 0.1)[:2], 5e-3)
 
 
+def check_mixture(device, launches=2):
+    """All formats in one launch, whose shares are claimed; a launch leaves the claims as it found them."""
+    from adaptivekv.bench.pages import make_table, reference
+    from adaptivekv.kernels.decode import attend_table
+    from adaptivekv.memory.tables import PAIRS
+
+    mix = {"native": 0.2, "int8": 0.2, "int4r": 0.2, "k4v2": 0.2, "int2r": 0.2}
+    table, k, v = make_table(2, 2, 64 * 10, 64, mix, PAIRS, dtype=torch.float32, device=device)
+    q = torch.randn(4, 3, 64, device=device)
+    assert table.work.claims.tolist()[-1] == 1
+    for _ in range(launches):
+        with poisoned():
+            out, _ = attend_table(q, table, 0.125)
+        torch.testing.assert_close(out, reference(q, k, v, 0.125), atol=2e-3, rtol=2e-3)  # decoded to float16
+        assert not table.work.claims[:-1].any()
+
+
+@pytest.mark.gpu
+def test_a_mixture_equals_the_reference_on_the_gpu():
+    check_mixture("cuda")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     check_triton("cpu", 14)
+    check_mixture("cpu")

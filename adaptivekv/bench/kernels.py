@@ -98,7 +98,7 @@ def _flashinfer(q: torch.Tensor, kv: list[torch.Tensor]) -> float:
     ends = torch.arange(requests + 1, dtype=torch.int32, device="cuda") * pages
     index = torch.randperm(requests * pages, device="cuda").int()
     last = torch.full((requests,), PAGE, dtype=torch.int32, device="cuda")
-    wrapper.plan(ends, index, last, HEADS * GROUP, HEADS, DIM, PAGE, data_type=torch.bfloat16)
+    wrapper.plan(ends, index, last, HEADS * GROUP, HEADS, DIM, PAGE, q_data_type=q.dtype, kv_data_type=q.dtype)
     paged = [
         x.view(2, requests, HEADS, pages, PAGE, DIM).permute(1, 3, 0, 2, 4, 5).reshape(-1, 2, HEADS, PAGE, DIM)
         for x in kv

@@ -120,7 +120,7 @@ def _split(
         M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
         BM=8 if m <= 8 else ROWS, PAGE=PAGE, SUBS=tuple(tiles.get(k.bits, 1) for k, _ in table.pairs), ITEM=item,
         CAP=softcap is not None, STATS=page_lse is not None, CLEAN=table.clean, STAGES=launch.stages,
-        GROUPS=work.claims.shape[-1] - 1, PDL=pdl,
+        GROUPS=work.claims.shape[-1] - 2, PDL=pdl,
         INTERPRET=_INTERPRETED, num_warps=launch.warps, launch_pdl=pdl,
     )  # fmt: skip
     return part, part_lse, compiled

@@ -191,10 +191,17 @@ def split_kernel(
     CLEAN: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One program a share of the work: its first item, and those of its span. Each item has a result of its own."""
-    share, claimed = _claim(claim_ptr, processors, GROUPS, INTERPRET)
+    share = tl.program_id(0)
+    claimed = -1
+    crowded = tl.load(claim_ptr + GROUPS + 1)  # not waited for: the loads below are right nearly always
     more = tl.load(more_ptr + share * 2)
     many = tl.load(more_ptr + share * 2 + 1)
     row, code, start, stop, to = _item(item_ptr, slot_ptr, share, True)
+    if crowded != 0:
+        share, claimed = _claim(claim_ptr, processors, GROUPS, INTERPRET)
+        more = tl.load(more_ptr + share * 2)
+        many = tl.load(more_ptr + share * 2 + 1)
+        row, code, start, stop, to = _item(item_ptr, slot_ptr, share, True)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()  # for the query and the tail; the table was complete before

@@ -15,6 +15,8 @@ ABSENT = 255
 
 FORMATS = 11
 """Most runs of equal formats in a row: the formats of `memory`, and one more."""
+FEW = 3
+"""Formats whose loops fit a multiprocessor's instruction cache together (docs/kernels.md)."""
 
 TAIL = 255
 """In the low byte of a `keys` entry: as many slots as `tails` says."""
@@ -40,7 +42,8 @@ class Work:
     first of share i, as long as there are shares; the others follow. slots [I]: where an item's result goes, -1 for an
     empty item; turned [I]: whether the result there is of rotated pages.
     spans [shares, 2]: a share's second item and how many there are from there on; parts [R, 2]: first result of a row
-    and how many. claims [groups + 1]: shares taken in a launch, by each group of multiprocessors and in all; 0 between.
+    and how many. claims [groups + 2]: shares taken in a launch, by each group of multiprocessors and in all, 0 between
+    launches; and whether shares are claimed at all, which pays for more than FEW formats.
     """
 
     items: Tensor
@@ -141,7 +144,9 @@ def plan_work(code: Tensor, time: Tensor, processors: int, together: int) -> Wor
     spans = torch.stack([shares + count.cumsum(1) - count, count], 2)
     per_row = by_row.view(layers, rows, columns).sum(2)
     parts = torch.stack([per_row.cumsum(1) - per_row, per_row], 2)
-    claims = torch.zeros(layers, _groups(processors) + 1, dtype=torch.int32, device=device)
+    present = torch.zeros(layers, 256, dtype=torch.int32, device=device).scatter_(1, code.long(), 1)
+    claims = torch.zeros(layers, _groups(processors) + 2, dtype=torch.int32, device=device)
+    claims[:, -1] = present[:, :ABSENT].sum(1) > FEW
     return Work(items.int(), listed(slot, empty=-1).int(), turned.int(), spans.int(), parts.int(), claims)
 
 
