@@ -225,25 +225,25 @@ def _credit(sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: fl
 
 
 def _on_device(batch: PageBatch, columns: np.ndarray, device: torch.device, staging: int):
-    """Pages of a host tier, copied to the GPU in blocks that respect the staging allowance; others as they are."""
-    if batch.arena.device.type == device.type:
+    """Pages with a part on a lower tier, copied to the GPU in blocks within the staging allowance; others as is."""
+    if all(arena.device.type == device.type for arena in batch.arenas):
         yield batch, columns
         return
     k_size, v_size = batch.k.part_bytes(batch.k_dim, batch.dtype), batch.v.part_bytes(batch.v_dim, batch.dtype)
     heads, width = batch.count.shape
     step = max(1, staging // (heads * (k_size + v_size)))
-    rows = batch.arena.view(-1, UNIT)
     for start in range(0, width, step):
         cut = slice(start, start + step)
         n = batch.count[:, cut].numel()
         arenas = []
-        for off, size in ((batch.k_off[:, cut], k_size), (batch.v_off[:, cut], v_size)):
-            index = (off.reshape(-1, 1) // UNIT + torch.arange(size // UNIT)).view(-1)
-            arenas.append(rows.index_select(0, index).view(-1).to(device, non_blocking=True))
+        for arena, off, size in zip(batch.arenas, (batch.k_off, batch.v_off), (k_size, v_size), strict=True):
+            index = (off[:, cut].reshape(-1, 1) // UNIT + torch.arange(size // UNIT, device=off.device)).view(-1)
+            arenas.append(arena.view(-1, UNIT).index_select(0, index).view(-1).to(device, non_blocking=True))
         at = torch.arange(n, device=device).view(heads, -1)
         yield PageBatch(
             torch.cat(arenas), at * k_size, n * k_size + at * v_size, batch.count[:, cut].to(device),
             batch.k, batch.v, batch.dtype, batch.k_dim, batch.v_dim, batch.rotate, batch.full,
+            batch.bases,
         ), columns[:, cut]  # fmt: skip
 
 

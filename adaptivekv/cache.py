@@ -37,7 +37,8 @@ class AdaptiveCache(Cache):
     `max_new_tokens`, resolved when the first tokens arrive. None: no cap beyond `max_tokens` native tokens a row.
     plan: a fixed plan; None lets `selector` choose one that loses at most `quality` nats per token.
     kv_dtype: what native pages store (default: the model's dtype; 16-bit halves them under a 32-bit model).
-    host: host bytes for offloading (default: enough for everything; 0: none).
+    host: host bytes for offloading (default: enough for what the plan may leave there; 0: none).
+    disk: bytes of a file in the cache folder for offloading (default: enough for what a plan sends there; 0: none).
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class AdaptiveCache(Cache):
         selector: Selector | None = None,
         kv_dtype: torch.dtype | None = None,
         host: str | int | None = None,
+        disk: str | int | None = None,
         max_new_tokens: int = 256,
         max_tokens: int | None = None,
         controller: Controller | None = None,
@@ -59,9 +61,12 @@ class AdaptiveCache(Cache):
         fixed = None if plan is None else Plan.parse(plan)
         self.controller = controller or Controller(fixed, selector, quality)
         self.budget = None if budget is None else parse_bytes(budget)
-        self.host = None if host is None else 0 if host in (0, "0") else int(parse_bytes(host))
-        if fixed and fixed.stage("offload") and self.host == 0:
-            raise AdaptiveKVError(f"plan {fixed} offloads to the host, but host=0; give it host bytes")
+        self.host, self.disk = _capacity(host), _capacity(disk)
+        if fixed and (offload := fixed.stage("offload")):
+            if offload.host and self.host == 0:
+                raise AdaptiveKVError(f"plan {fixed} offloads to the host, but host=0; give it host bytes")
+            if offload.disk and self.disk == 0:
+                raise AdaptiveKVError(f"plan {fixed} offloads to disk, but disk=0; give it disk bytes")
         self.max_new_tokens, self.max_tokens = max_new_tokens, max_tokens
         self.shapes = layer_shapes(model)
         self.dtype, self.device = kv_dtype or model.dtype, model.device
@@ -140,7 +145,7 @@ class AdaptiveCache(Cache):
     def estimate(
         model: PreTrainedModel, tokens: int, plan: str | Plan, kv_dtype: torch.dtype | None = None
     ) -> dict[str, int]:
-        """Bytes of a request of `tokens` prompt tokens under `plan`: {"full", "device", "host"}, before running."""
+        """Bytes of `tokens` prompt tokens under `plan`: {"full", "device", "host", "disk"}, before running."""
         return Plan.parse(plan).estimate(layer_shapes(model), kv_dtype or model.dtype, tokens)
 
     def truncate(self, length: int) -> None:
@@ -320,17 +325,22 @@ class AdaptiveCache(Cache):
         column = sum(s.heads * native.bytes(s.k_dim, s.v_dim, self.dtype) for s in self.shapes)
         fixed = Sequence.fixed_bytes(self.shapes, self.dtype, window)
         pages = -(-tokens // PAGE) + 1
-        host = self.host if self.host is not None else rows * pages * column
+        offloads = [plan.stage("offload") for plan in self.controller.possible]
+        host, disk = self.host, self.disk
+        if host is None:
+            host = int(rows * pages * column * max(stage.host if stage else 1.0 for stage in offloads))
+        if disk is None:
+            disk = rows * pages * column * any(stage and stage.disk for stage in offloads)
         widest = max(s.heads * (s.k_dim + s.v_dim) for s in self.shapes) * PAGE * 4  # a decoded page of every head
         if budget is None:
             longest = max(tokens, self.max_tokens or min(self.positions, self._spare() // (rows * column // PAGE)))
             capacity = rows * ((-(-longest // PAGE) + 2) * column + fixed + (1 << 16))
-            return PagePool(self.shapes, self.dtype, self.device, capacity, host, max(4 << 20, widest))
+            return PagePool(self.shapes, self.dtype, self.device, capacity, host, max(4 << 20, widest), disk)
         staging = max(widest, min(budget // 16, 16 << 20))
         least = rows * (fixed + column * (1 if rows * tokens < PAGE else 2)) + staging
         if budget < least:
             raise too_small("the open tail and one page per head", least, budget)
-        return PagePool(self.shapes, self.dtype, self.device, budget - staging, host, staging)
+        return PagePool(self.shapes, self.dtype, self.device, budget - staging, host, staging, disk)
 
     def _spare(self) -> int:
         """Bytes an arena without a budget may claim: memory of a CPU is committed only when touched."""
@@ -350,6 +360,10 @@ class AdaptiveCache(Cache):
         if self.controller.recalls:
             runner = Recalling(runner, self, input_ids, kwargs.get("attention_mask"))
         return type(model)._sample(runner, input_ids, **kwargs)
+
+
+def _capacity(size: str | int | None) -> int | None:
+    return None if size is None else 0 if size in (0, "0") else int(parse_bytes(size))
 
 
 class _Frozen:

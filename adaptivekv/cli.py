@@ -99,7 +99,7 @@ def generate(
     result = talk.result()
     if folder:
         talk.save(folder, [*messages, {"role": "assistant", "content": result["text"]}])
-        result["kv_bytes"]["disk_end"] = (folder / "cache.safetensors").stat().st_size
+        result["kv_bytes"]["disk_end"] += (folder / "cache.safetensors").stat().st_size
     if json_:
         out(result)
     else:

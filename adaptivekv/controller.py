@@ -20,7 +20,7 @@ from adaptivekv.features.system import system_features
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector
@@ -323,8 +323,7 @@ class Controller:
             return False
         if plan.window and not request.sequence.ring and name != request.evictor and plan != request.plan:
             return False
-        target = quantize.format if quantize else FORMATS["native"]
-        return all(fmt == target or fmt.demotes(target) for fmt in formats)
+        return all(quantize.reaches(fmt) for fmt in formats) if quantize else not formats
 
     # -- applying ----------------------------------------------------------------------------------------------------
 
@@ -368,6 +367,7 @@ def report(controller: Controller, requests: list[Request], pool: PagePool | Non
                 "held": round(sequence.held(), 4),
                 "device_bytes": sequence.bytes(DEVICE),
                 "host_bytes": sequence.bytes(HOST),
+                "disk_bytes": sequence.bytes(DISK),
                 "decisions": [
                     {"step": d.step, "moment": d.moment, "plan": d.plan, "reason": d.reason, "selector": d.selector}
                     for d in request.decisions
@@ -377,5 +377,5 @@ def report(controller: Controller, requests: list[Request], pool: PagePool | Non
     if pool:
         out["device_peak"] = pool.arena(DEVICE).peak + pool.staging_bytes
         out["device_bytes"] = pool.device_used + pool.staging_bytes
-        out["host_bytes"], out["moved_bytes"] = pool.host_used, pool.moved_bytes
+        out["host_bytes"], out["disk_bytes"], out["moved_bytes"] = pool.host_used, pool.disk_used, pool.moved_bytes
     return out

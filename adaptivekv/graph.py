@@ -17,6 +17,7 @@ from adaptivekv.attention import decode_step
 from adaptivekv.kernels import triton_module, triton_works
 from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.memory.formats import WITH_KERNEL
+from adaptivekv.memory.shapes import DISK
 from adaptivekv.memory.tables import PAIRS, StepTables, columns_for
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 EAGER = 8  # decode steps of a request before its graph is captured: a short answer does not pay for one
 WARM = 3  # steps before a capture: compilation, handles and workspaces
+COMPILE: dict[str, Any] = {
+    "max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON", "max_autotune_report_choices_stats": False,
+    "coordinate_descent_tuning": True,
+}  # fmt: skip
+"""A step reads all weights once. Tuned matrix kernels come closer to the memory's speed than the library's for a few
+rows, and for one row inductor writes products as reductions, fused with what stands around them."""
 
 
 def refused(cache: AdaptiveCache) -> str | None:
@@ -43,6 +50,11 @@ def refused(cache: AdaptiveCache) -> str | None:
         quantize = plan.stage("quantize")
         if quantize and not all(fmt.kernel for fmt in quantize.formats):
             return f"{quantize.name}: its pages have no Triton kernel"
+        offload, retrieve = plan.stage("offload"), plan.stage("retrieve")
+        if offload and (offload.disk or offload.by == "values"):
+            return f"{offload}: no kernel reads pages on disk, or their keys and values from two tiers"
+        if retrieve and retrieve.by != "bounds":
+            return f"{retrieve}: kernels choose pages by their bounds"
     return None
 
 
@@ -54,7 +66,7 @@ class GraphDecoder:
 
     def __init__(self, model: Any, cache: AdaptiveCache, compiled: bool = False):
         self.model, self.cache = model, cache
-        self.forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        self.forward = torch.compile(model.forward, dynamic=False, options=COMPILE) if compiled else model.forward
         self.tables: StepTables | None = None
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.tokens = self.positions = torch.zeros(0, 1, dtype=torch.int64, device=cache.device)
@@ -86,11 +98,13 @@ class GraphDecoder:
         )
 
     def _known(self) -> bool:
-        """Whether the kernel knows the formats of all pages: a saved cache may bring others than the plan's."""
+        """Whether the kernel can read all pages, by format and tier: a saved cache may bring others than the plan's."""
         pool = self.cache.pool
         assert pool is not None
         if (self.checked[0](), self.checked[1]) != (pool, pool.clock):
-            self.checked = weakref.ref(pool), pool.clock, bool((pool.code[pool.ref > 0] < len(WITH_KERNEL)).all())
+            held = pool.ref > 0
+            known = (pool.code[held] < len(WITH_KERNEL)) & (pool.tier[held] != DISK) & ~pool.split[held]
+            self.checked = weakref.ref(pool), pool.clock, bool(known.all())
         return self.checked[2]
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from adaptivekv.errors import AdaptiveKVError
@@ -19,6 +20,7 @@ from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.policies import KINDS, STAGES, Stage
 from adaptivekv.policies.named import NAMED
+from adaptivekv.policies.quantization.base import column
 
 _STAGE = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*\Z")
 
@@ -100,8 +102,8 @@ class Plan:
     def estimate(self, layers: list[LayerShape], dtype: torch.dtype, tokens: int) -> dict[str, int]:
         """Bytes of a request of `tokens` prompt tokens right after its prefill.
 
-        Returns {"full": all tokens native, "device": ..., "host": ...}; the device part counts pages, the open tail
-        and page bounds, not the observation ring, which is given back when the prompt has ended.
+        Returns {"full": all tokens native, "device": ..., "host": ..., "disk": ...}; the device part counts pages, the
+        open tail, page bounds and bases, not the observation ring, which is given back when the prompt has ended.
         """
         evict, quantize, offload, retrieve = (self.stage(kind) for kind in KINDS)
         native, tail = FORMATS["native"], tokens % PAGE
@@ -117,20 +119,25 @@ class Plan:
         if quantize:
             recent = -(-max(0, quantize.window - tail) // PAGE) + ragged if sealed else 0
             keep_native = min(pages, recent + (1 if quantize.sinks else 0))
-        held: list[tuple[int, list[int]]] = []  # how many layers, and the bytes of each column of one of them
-        bounds = 0
+        held: list[tuple[int, np.ndarray]] = []  # how many layers, and bytes of keys and values of one's columns
+        beside = 0
         for shape, alike in Counter(layers).items():
-            page, settled = native.bytes(shape.k_dim, shape.v_dim, dtype) * shape.heads, pages - keep_native
-            packed = quantize.columns(shape, alike, dtype, settled) if quantize else [(alike, [page] * settled)]
-            held += [(count, [page] * keep_native + columns) for count, columns in packed]
-            if retrieve:
-                bounds += -(-2 * shape.k_dim * dtype.itemsize // UNIT) * UNIT * pages * shape.heads * alike
-        total = sum(count * sum(columns) for count, columns in held)
-        stays = offload.stays(held) if offload else total
+            settled, kept = pages - keep_native, column(shape, native, dtype, keep_native)
+            packed = [(alike, column(shape, native, dtype, settled))]
+            if quantize:
+                packed = quantize.columns(shape, alike, dtype, settled)
+            held += [(count, np.concatenate([kept, columns])) for count, columns in packed]
+            if quantize and settled:
+                beside += quantize.beside(shape, alike, dtype)
+            if retrieve and retrieve.by == "bounds":
+                beside += -(-2 * shape.k_dim * dtype.itemsize // UNIT) * UNIT * pages * shape.heads * alike
+        total = sum(count * int(columns.sum()) for count, columns in held)
+        stays, host, disk = offload.placed(held) if offload else (total, 0, 0)
         return {
             "full": sum(s.slot_elements for s in layers) * dtype.itemsize * tokens,
-            "device": stays + bounds + Sequence.fixed_bytes(layers, dtype, 0),
-            "host": total - stays,
+            "device": stays + beside + Sequence.fixed_bytes(layers, dtype, 0),
+            "host": host,
+            "disk": disk,
         }
 
 

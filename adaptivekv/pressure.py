@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from functools import partial
 
 import numpy as np
 
 from adaptivekv.errors import BudgetError
+from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.formats import BY_CODE, FORMATS
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.policies.base import settled, worth
 
@@ -19,14 +22,16 @@ RECENT = 64  # tokens that pressure leaves alone: the newest sealed page
 def make_room(sequences: list[Sequence], plans: list[Plan], prefilling: list[bool], need: int) -> list[str]:
     """Free `need` device bytes for sequences of one pool. Returns what was done, in words, for the record.
 
-    Lossless first: pages move to the host. Then the plan's own lossy stages run early, on what has been seen so far;
-    then bits go, a format at a time; then the oldest pages. Raises BudgetError when even that is not enough.
+    Lossless first: pages move to the host, or to disk if there is one. Then the plan's own lossy stages run early, on
+    what has been seen so far; then bits go, a format at a time; then the oldest pages. Raises BudgetError when even
+    that is not enough.
     """
     pool = sequences[0].pool
     arena = pool.arena(DEVICE)
     done: list[str] = []
     for relief, what in (
-        (_spill, "spilled to host"),
+        (partial(_spill, tier=HOST), "spilled to host"),
+        (partial(_spill, tier=DISK), "spilled to disk"),
         (_squeeze, "plan applied early"),
         (_demote, "demoted"),
         (_evict_oldest, "oldest pages evicted"),
@@ -46,10 +51,12 @@ def make_room(sequences: list[Sequence], plans: list[Plan], prefilling: list[boo
     return done
 
 
-def _spill(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
-    """Move the least worthy columns to the host, the same share of every layer."""
+def _spill(sequence: Sequence, plan: Plan, early: bool, need: int, tier: int) -> None:
+    """Move the least worthy columns to a lower tier, the same share of every layer."""
     pool = sequence.pool
     missing = need - pool.arena(DEVICE).free_bytes
+    if missing <= 0 or not pool.away_free(tier):
+        return
     sizes = [_sizes(sequence, layer) for layer in range(len(sequence.ids))]
     held = max(1, sum(int(size.sum()) for size in sizes))
     chosen, total = [], 0
@@ -59,12 +66,11 @@ def _spill(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
         ahead = np.cumsum(column[order]) - column[order]
         leave = np.zeros(len(column), bool)
         leave[order[ahead < math.ceil(missing * column.sum() / held)]] = True
-        if total + int(column[leave].sum()) > pool.host_free:
+        if total + int(column[leave].sum()) > pool.away_free(tier):
             leave[:] = False
         total += int(column[leave].sum())
         chosen.append(here & leave)
-    if missing > 0:
-        sequence.move(chosen, HOST)
+    sequence.move(chosen, tier)
 
 
 def _squeeze(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
@@ -72,7 +78,8 @@ def _squeeze(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
     if evict and (early or evict.growing):
         evict.apply(sequence)
     if quantize:
-        quantize.apply(sequence)
+        with contextlib.suppress(ArenaFull):  # for what it keeps beside its pages, or copies of shared ones
+            quantize.apply(sequence)
 
 
 def _demote(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
@@ -92,12 +99,12 @@ def _demote(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
 
 def _evict_oldest(sequence: Sequence, plan: Plan, early: bool, need: int) -> None:
     """StreamingLLM's rule at page granularity: the oldest page behind the first goes, in every layer and head."""
-    arena, pool = sequence.pool.arena(DEVICE), sequence.pool
+    arena = sequence.pool.arena(DEVICE)
     while arena.free_bytes < need:
         before = arena.free_bytes
         oldest = []
-        for layer, ids in enumerate(sequence.ids):
-            open_ = settled(sequence, layer, RECENT, 4) & (pool.tier[ids] == DEVICE)
+        for layer in range(len(sequence.ids)):
+            open_ = settled(sequence, layer, RECENT, 4) & (_sizes(sequence, layer) > 0)
             oldest.append(open_ & (np.cumsum(open_, axis=1) == 1))
         sequence.drop(oldest)
         if arena.free_bytes == before:
@@ -105,10 +112,10 @@ def _evict_oldest(sequence: Sequence, plan: Plan, early: bool, need: int) -> Non
 
 
 def bring_back(sequence: Sequence, spare: int) -> None:
-    """Host pages return to the device while that leaves `spare` bytes free, layer by layer."""
+    """Pages of host and disk return to the device while that leaves `spare` bytes free, layer by layer."""
     room, back = sequence.pool.arena(DEVICE).free_bytes - spare, []
     for layer in range(len(sequence.ids)):
-        away = _sizes(sequence, layer, HOST)
+        away = _sizes(sequence, layer, HOST) + _sizes(sequence, layer, DISK)
         fits = away.sum() <= room
         room -= int(away.sum()) * fits
         back.append((away > 0) & fits)
@@ -116,6 +123,6 @@ def bring_back(sequence: Sequence, spare: int) -> None:
 
 
 def _sizes(sequence: Sequence, layer: int, tier: int = DEVICE) -> np.ndarray:
-    """Bytes of each page on `tier`, 0 elsewhere: [H, P]."""
+    """Bytes of each page on `tier`: [H, P]."""
     pool, ids = sequence.pool, sequence.ids[layer]
-    return np.where((ids >= 0) & (pool.tier[ids] == tier), pool.sizes(ids), 0)
+    return np.where(ids >= 0, pool.sizes_on(ids, tier), 0)

@@ -18,7 +18,7 @@ from adaptivekv.kernels import CODECS, DECODED, attend_pages, dispatch, page_att
 from adaptivekv.memory.formats import BY_CODE, FORMATS, WITH_KERNEL
 from adaptivekv.memory.shapes import LayerShape
 
-NEW = [fmt.name for fmt in BY_CODE if not fmt.kernel]
+NEW = [fmt.name for fmt in BY_CODE if not (fmt.k.kernel and fmt.v.kernel)]
 dims = st.sampled_from([24, 64, 96, 128])
 counts = st.lists(st.integers(1, 64), min_size=1, max_size=3)
 
@@ -192,7 +192,12 @@ def check_in_interpreter():
 
 def test_captured_steps_are_refused_where_pages_may_have_no_kernel(monkeypatch):
     monkeypatch.setattr(graph, "triton_works", lambda: True)
-    for plan, name in (("kivi4", "kivi4"), ("hotcold(0.5, high=fp8, low=int4)", "hotcold"), ("k4v2", None)):
+    for plan, name in (
+        ("kivi4", "kivi4"),
+        ("hotcold(0.5, high=fp8, low=int4)", "hotcold"),
+        ("palu(0.5)", "palu"),
+        ("k4v2", None),
+    ):
         cache = SimpleNamespace(
             shapes=[LayerShape(2, 4, 24, 16)],
             device=torch.device("cuda"),

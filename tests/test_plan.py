@@ -20,8 +20,8 @@ stage_text = {
         "{}(window={}, rotate={})".format,
         st.sampled_from(["int8", "int4", "k4v2", "int2"]), st.integers(0, 500), st.sampled_from(["true", "false"]),
     ),
-    "offload": st.builds("offload({})".format, share),
-    "retrieve": st.builds("retrieve({})".format, share),
+    "offload": st.builds("offload({}{})".format, share, st.sampled_from(["", ", by=values", ", host=0.25"])),
+    "retrieve": st.builds("retrieve({}{})".format, share, st.sampled_from(["", ", by=keys"])),
 }  # fmt: skip
 plans = st.sets(st.sampled_from(KINDS)).flatmap(
     lambda kinds: st.tuples(*(stage_text[kind] for kind in KINDS if kind in kinds)).map(" | ".join)

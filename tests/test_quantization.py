@@ -20,8 +20,9 @@ from adaptivekv.policies.quantization.tuned import Tuned
 SHAPES = [LayerShape(2, 4, 24, 16), LayerShape(1, 4, 64, 96)]
 EQUAL = [LayerShape(2, 4, 32, 16)] * 4
 STAGE_TEXTS = [
-    *(name for name, stage in STAGES.items() if stage.kind == "quantize" and name not in ("hotcold", "tuned")),
+    *(name for name, stage in STAGES.items() if stage.kind == "quantize" and name not in ("hotcold", "tuned", "palu")),
     "hotcold(0.3)", "hotcold(0.5, high=kivi4, low=kivi2)", "tuned(0.5)", "tuned(0.25, high=fp8, low=kivi42)",
+    "palu(0.5)", "palu(0.125, latent=k4v2)", "palu(0.75, latent=int4)",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from adaptivekv.errors import AdaptiveKVError, CacheFileError
 from adaptivekv.features.request import text_features
 from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.memory import store
-from adaptivekv.memory.shapes import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
 from adaptivekv.recall import recall
@@ -221,7 +221,7 @@ class Session:
                 "device_peak": a.report["device_peak"],
                 "device_end": request.sequence.bytes(DEVICE),
                 "host_end": request.sequence.bytes(HOST),
-                "disk_end": 0,
+                "disk_end": request.sequence.bytes(DISK),
             },
             "timing": {
                 "prefill_s": a.report["prefill_s"],

@@ -1,5 +1,7 @@
 """Attention over mixed-format pages: codecs, the plain-torch reference (also the CPU path) and the Triton kernel."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,13 @@ def page_attention(
     """`attend_pages` by the fastest means at hand: Triton on a GPU where it knows the codecs, else torch.
 
     Arguments and results are those of `attend_pages`. Setting the environment variable ADAPTIVEKV_TRITON=0 before the
-    first call keeps to torch, and so does a missing Triton.
+    first call keeps to torch, and so does a missing Triton. Of low-rank pages (`batch.bases`) the latents are attended.
     """
+    if batch.bases is not None:
+        k, v = (basis.to(q.dtype) for basis in batch.bases)
+        latent = replace(batch, bases=None)
+        out, lse, page_lse = page_attention(torch.bmm(q, k), latent, scale, softcap, stats, block_pages)
+        return torch.bmm(out, v.transpose(1, 2).to(out.dtype)), lse, page_lse
     fast = has_kernel((batch.k, batch.k_dim), (batch.v, batch.v_dim))
     if q.is_cuda and batch.count.numel() and fast and triton_works():
         if q.shape[1] <= 16:

@@ -6,7 +6,7 @@ pages have several formats, or live on several tiers, is several calls. No keys 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class PageBatch:
     count: int32 [H, P], used slots of each page; 0 marks an absent page, whose offsets are 0;
     k, v: codecs; dtype: native storage dtype; k_dim, v_dim: head dimensions;
     rotate: keys and values are stored Hadamard-rotated; full: every count is 64, so nothing needs masking.
+    bases: of keys [H, query size, k_dim] and of values [H, output size, v_dim], orthonormal columns: the pages hold
+    latents in them, and `page_attention` turns queries and outputs. None: the pages hold keys and values.
+    v_arena: where the values lie (None: in `arena`); the Triton kernels know one arena.
     """
 
     arena: Tensor
@@ -39,12 +42,18 @@ class PageBatch:
     v_dim: int
     rotate: bool = False
     full: bool = False
+    bases: tuple[Tensor, Tensor] | None = None
+    v_arena: Tensor | None = None
+
+    @property
+    def arenas(self) -> tuple[Tensor, Tensor]:
+        """Where the keys lie, and the values."""
+        return self.arena, self.arena if self.v_arena is None else self.v_arena
 
     def slice(self, start: int, stop: int) -> "PageBatch":
         """The same heads, pages start to stop."""
         s = slice(start, stop)
-        parts = self.k_off[:, s], self.v_off[:, s], self.count[:, s]
-        return PageBatch(self.arena, *parts, self.k, self.v, self.dtype, self.k_dim, self.v_dim, self.rotate, self.full)
+        return replace(self, k_off=self.k_off[:, s], v_off=self.v_off[:, s], count=self.count[:, s])
 
 
 def attend_pages(
@@ -71,7 +80,8 @@ def attend_pages(
     page_lse: list[Tensor] = []
     block = block_pages or _block(heads, rows, batch)
     # An arena smaller than one part can only be behind absent pages.
-    readable = batch.arena.numel() >= max(_part_bytes(batch, True), _part_bytes(batch, False))
+    k_arena, v_arena = batch.arenas
+    readable = k_arena.numel() >= _part_bytes(batch, True) and v_arena.numel() >= _part_bytes(batch, False)
     for start in range(0, pages if readable else 0, block):
         part = batch if block >= pages else batch.slice(start, min(start + block, pages))
         out, lse, per_page = _attend_block(q, part, scale, softcap, stats)
@@ -131,8 +141,9 @@ def _attend_block(
     heads, pages = batch.count.shape
     rows, slots = q.shape[1], pages * PAGE
     used = None if batch.full else _used(batch.count)  # [H, P, 64]
-    k, k_pair = batch.k.unpack(_gather(batch.arena, batch.k_off, _part_bytes(batch, True)), batch.k_dim, batch.dtype)
-    v, v_pair = batch.v.unpack(_gather(batch.arena, batch.v_off, _part_bytes(batch, False)), batch.v_dim, batch.dtype)
+    k_arena, v_arena = batch.arenas
+    k, k_pair = batch.k.unpack(_gather(k_arena, batch.k_off, _part_bytes(batch, True)), batch.k_dim, batch.dtype)
+    v, v_pair = batch.v.unpack(_gather(v_arena, batch.v_off, _part_bytes(batch, False)), batch.v_dim, batch.dtype)
     # [H * P, 64, d]
     if softcap is None and not stats and pays(q, k, v):
         # Many rows: the scales are applied once per element, and a fused kernel does the rest.

@@ -1,6 +1,11 @@
-"""One preallocated run of bytes and the extents of it that are free."""
+"""One preallocated run of bytes, in memory or in a file, and the extents of it that are free."""
 
 from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,13 +23,19 @@ class Arena:
 
     Pages of any format share it: freed extents are merged with their neighbours, so room left by pages of one format
     can hold pages of another. Capacity is physical: `used` never passes `capacity`.
+    folder: keep the bytes in a file there instead of in memory.
     """
 
-    def __init__(self, capacity: int, device: torch.device | str = "cpu", pinned: bool = False):
+    def __init__(
+        self, capacity: int, device: torch.device | str = "cpu", pinned: bool = False, folder: Path | None = None
+    ):
         self.capacity = capacity // UNIT * UNIT
         with torch.inference_mode(False):  # made inside a forward, changed outside of it too
             # empty, not zeros: untouched memory of a CPU arena is never committed by the operating system
-            data = torch.empty(self.capacity + UNIT, dtype=torch.uint8, device=device, pin_memory=pinned)
+            if folder and capacity:
+                data = _mapped(self.capacity + UNIT, folder)
+            else:
+                data = torch.empty(self.capacity + UNIT, dtype=torch.uint8, device=device, pin_memory=pinned)
             start = -data.data_ptr() % UNIT  # aligned, so that one arena's offsets can lead into another
             self.data = data[start : start + self.capacity]
         self.starts = np.zeros(1, np.int64)  # free extents, sorted, never adjacent
@@ -81,3 +92,20 @@ class Arena:
         assert (self.starts < self.ends).all() and (self.starts[1:] > self.ends[:-1]).all()
         assert not len(self.ends) or (self.starts[0] >= 0 and self.ends[-1] <= self.capacity)
         assert self.used == self.capacity - int((self.ends - self.starts).sum()) <= self.capacity
+
+
+def _mapped(size: int, folder: Path) -> torch.Tensor:
+    """A file of `size` bytes as uint8 [size]. It has no name, so it ends with the process and nobody else changes it.
+
+    Its blocks are taken at once: a full disk is a BudgetError here and not a signal at the first write.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+    except OSError as error:
+        raise BudgetError(
+            f"disk tier: no {size / 2**20:.1f} MiB in {folder} ({error.strerror}); make room, or point "
+            "ADAPTIVEKV_CACHE to another folder"
+        ) from None

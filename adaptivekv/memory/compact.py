@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def compact(pool: PagePool, tier: int) -> None:
-    """Slide pages down around the fixed regions until the free room is in few extents."""
+    """Slide pages and bases down around the fixed regions until the free room is in few extents."""
     arena = pool.arena(tier)
-    off, size, part, page = pool.blocks(tier)
+    off, size, part, owner = pool.blocks(tier)
     fixed = np.array(sorted(pool.regions.items()) if tier == 0 else [], np.int64).reshape(-1, 2)
     new = _slide(size, fixed, arena.capacity)
     moved = np.flatnonzero(new != off)
@@ -29,14 +29,19 @@ def compact(pool: PagePool, tier: int) -> None:
             at = now[size[now] == length]
             source, target = pool.tables(tier, off[at], new[at])
             buffer = torch.empty(len(at) * length, dtype=torch.uint8, device=pool.device)
-            packed = torch.arange(len(at), device=pool.device) * length
+            packed = torch.arange(len(at), device=source.device) * length
             pageops.copy_parts(data, buffer, source, packed, length)
             held.append((buffer, packed, target, length))
         for buffer, packed, target, length in held:
             pageops.copy_parts(buffer, data, packed, target, length)
     for i, where in enumerate((pool.k_off, pool.v_off, pool.b_off)):
-        where[page[part == i]] = new[part == i]
-    pool.mark(page)
+        where[owner[part == i]] = new[part == i]
+    pool.mark(owner[part < 3])
+    number, layer = np.divmod(owner, len(pool.layers))
+    for bases in pool.bases.values():
+        mine = (part == 3) & (number == bases.number)
+        if mine.any():
+            bases.offsets[layer[mine]] = new[mine]
     edges = np.concatenate([np.stack([new, size], 1), fixed])
     edges = edges[np.argsort(edges[:, 0])]
     starts = np.concatenate([[0], edges[:, 0] + edges[:, 1]])

@@ -18,7 +18,7 @@ from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.change import staged, unstage
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import HOST, Kind
+from adaptivekv.memory.shapes import DISK, HOST, Kind
 
 _FULL = np.array([(1 << n) - 1 for n in range(PAGE + 1)], np.uint64)  # slots 0 to n - 1, a bit each
 _POS_BYTES = PAGE * 4
@@ -66,7 +66,7 @@ class _Stream:
     """Survivors of one kind of page, and the pages that they fill.
 
     pages, bits, start: [n] where survivors lie, which slots, and the running number of the first (`pack_slots`).
-    row, layer, count: [m] of the new pages.
+    row, layer, basis, count: [m] of the new pages.
     """
 
     kind: Kind
@@ -75,6 +75,7 @@ class _Stream:
     start: np.ndarray
     row: np.ndarray
     layer: np.ndarray
+    basis: np.ndarray
     count: np.ndarray
     ids: np.ndarray  # [m], once they are claimed
 
@@ -102,8 +103,8 @@ def _stream(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
     start = before + np.repeat((ends - size) * PAGE - before[begin], np.diff(begin, append=len(rows)))
     count = np.full(ends[-1], PAGE, np.int32)
     count[ends - 1] = slots - PAGE * (size - 1)
-    row, layer = np.repeat(rows[begin], size), np.repeat(pool.layer[pages[begin]], size)
-    return _Stream(kind, pages, bits, start, row, layer, count, np.zeros(0, np.int64))
+    row, layer, basis = (np.repeat(x, size) for x in (rows[begin], pool.layer[pages[begin]], pool.basis[pages[begin]]))
+    return _Stream(kind, pages, bits, start, row, layer, basis, count, np.zeros(0, np.int64))
 
 
 def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarray, beside: bool) -> list[_Stream]:
@@ -112,19 +113,21 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
     beside: the new pages get room before the old ones lose theirs; else they wait in a temporary copy.
     """
     some = np.flatnonzero(bits)
+    pool.verify(pages[some])
     streams = [_stream(pool, rows[some[at]], pages[some[at]], bits[some[at]]) for at in pool.kinds(pages[some])]
     if beside:
         _claim(pool, streams)
         for s in streams:
-            data = pool.arena(s.kind.tier).data
+            k, v = (pool.arena(tier).data for tier in s.kind.tiers)
             off = pool.k_off[s.ids], pool.v_off[s.ids], s.ids * _POS_BYTES
-            _pack(pool, s, off, (data, data, _pos(pool)))
+            _pack(pool, s, off, (k, v, _pos(pool)))
+            pool.sign(s.ids)
         pool.release(pages)
         return streams
     own = pages[pool.ref[pages] == 1]
-    for tier in {s.kind.tier for s in streams}:
-        need = sum(len(s.count) * sum(s.kind.sizes) for s in streams if s.kind.tier == tier)
-        if pool.arena(tier).free_bytes + pool.sizes(own[pool.tier[own] == tier]).sum() < need:
+    for tier in {tier for s in streams for tier in s.kind.tiers}:
+        need = sum(len(s.count) * s.kind.bytes_on(tier) for s in streams)
+        if pool.arena(tier).free_bytes + pool.sizes_on(own, tier).sum() < need:
             raise ArenaFull("arena full: no room to pack what eviction keeps of shared pages")
     copies = []
     for s in streams:
@@ -136,6 +139,7 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
     _claim(pool, streams)
     for s, (before, buffer, pos) in zip(streams, copies, strict=True):
         unstage(pool, s.kind, [pool.k_off[s.ids], pool.v_off[s.ids]], before, buffer)
+        pool.sign(s.ids)
         pool.pos[s.ids] = pos.view(torch.int32).view(-1, PAGE).cpu().numpy()
     return streams
 
@@ -146,6 +150,7 @@ def _claim(pool: PagePool, streams: list[_Stream]) -> None:
     try:
         for s in streams:
             s.ids = pool.claim(s.layer, s.kind, s.count)
+            pool.basis[s.ids] = s.basis
             made.append(s.ids)
     except ArenaFull:
         for ids in made:
@@ -155,11 +160,12 @@ def _claim(pool: PagePool, streams: list[_Stream]) -> None:
 
 def _pack(pool: PagePool, s: _Stream, off: tuple[np.ndarray, ...], into: tuple[torch.Tensor, ...]) -> None:
     """Write keys, values and positions of the new pages to offsets [m] each in three buffers."""
-    source, (k, v) = pool.arena(s.kind.tier).data, s.kind.parts
+    (k, v), (k_from, v_from) = s.kind.parts, (pool.arena(tier).data for tier in s.kind.tiers)
     bits = s.bits.view(np.int64)
     before = pool.k_off[s.pages], pool.v_off[s.pages], s.pages * _POS_BYTES
-    tables = pool.tables(HOST, *before, *off, bits, s.start, s.count)  # HOST: positions live there
-    packs = (source, *k, pool.dtype), (source, *v, pool.dtype), (_pos(pool), CODECS["native"], 1, torch.int32)
+    tier = DISK if s.kind.tier == DISK else HOST  # positions live on the host
+    tables = pool.tables(tier, *before, *off, bits, s.start, s.count)
+    packs = (k_from, *k, pool.dtype), (v_from, *v, pool.dtype), (_pos(pool), CODECS["native"], 1, torch.int32)
     mask, start, count = tables[6:]
     for i, (data, codec, dim, dtype) in enumerate(packs):
         pageops.pack_slots(data, into[i], tables[i], mask, start, tables[i + 3], count, codec, dim, dtype)

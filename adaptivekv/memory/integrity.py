@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptivekv.kernels.codec import PAGE
-from adaptivekv.memory.shapes import DEVICE
+from adaptivekv.memory.formats import BY_CODE
+from adaptivekv.memory.shapes import DEVICE, HOST
 
 if TYPE_CHECKING:
     from adaptivekv.memory.pages import PagePool
     from adaptivekv.memory.sequence import Sequence
+
+
+_RANKS = np.array([fmt.rank for fmt in BY_CODE])
 
 
 def check_pool(pool: PagePool) -> None:
@@ -24,6 +28,10 @@ def check_pool(pool: PagePool) -> None:
             np.add.at(refs, ids, 1)
     assert (refs == pool.ref).all(), "reference counts differ from references"
     assert set(pool.free_ids.tolist()) == set(np.flatnonzero(pool.ref == 0).tolist()), "page ids leaked"
+    assert (pool.tier[(pool.ref > 0) & pool.split] == HOST).all(), "a split page that is not on the host"
+    pool.verify(np.flatnonzero(pool.ref > 0))
+    users = [sequence.bases for sequence in pool.sequences if sequence.bases]
+    assert all(users.count(bases) == bases.users for bases in pool.bases.values()), "bases leaked"
     for tier, arena in enumerate(pool.arenas):
         if arena is None:
             continue
@@ -42,6 +50,11 @@ def check_sequence(sequence: Sequence) -> None:
     pool = sequence.pool
     for layer, ids in enumerate(sequence.ids):
         live = ids >= 0
+        low = live & (_RANKS[pool.code[ids]] > 0)
+        if low.any():
+            assert sequence.bases and sequence.bases is pool.bases[sequence.bases.number]
+            assert (_RANKS[pool.code[ids[low]]] == sequence.bases.ranks[layer]).all(), "of another rank than its bases"
+            assert (pool.basis[ids[low]] == sequence.bases.entry(np.nonzero(low)[0])).all(), "another head's bases"
         assert (np.diff(live.astype(int), axis=1) <= 0).all(), "a gap in a page list"
         pages = ids[live]
         assert (pool.ref[pages] > 0).all() and (pool.layer[pages] == layer).all()

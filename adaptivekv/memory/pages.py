@@ -1,26 +1,35 @@
-"""The page pool: sealed, reference-counted pages in device and host arenas, and what is known of each."""
+"""The page pool: sealed, reference-counted pages in device, host and disk arenas, and what is known of each."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from adaptivekv.errors import BudgetError
+from adaptivekv.errors import BudgetError, CacheFileError
 from adaptivekv.kernels import hadamard, pageops
 from adaptivekv.kernels.codec import PAGE, UNIT, Codec
-from adaptivekv.memory import integrity
+from adaptivekv.memory import bases, integrity
 from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.compact import compact
 from adaptivekv.memory.formats import BY_CODE, CODES, Format
-from adaptivekv.memory.shapes import DEVICE, HOST, TIERS, Kind, LayerShape
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST, TIERS, Kind, LayerShape
 from adaptivekv.memory.transfer import Transfer
+from adaptivekv.paths import cache_root
 
 if TYPE_CHECKING:
     from adaptivekv.memory.sequence import Sequence
+
+
+_ENTRIES = (
+    "ref", "stamp", "k_off", "v_off", "b_off", "code", "tier", "count", "layer", "first", "last", "crc", "basis",
+    "split",
+)  # fmt: skip
+"""Arrays of the pool with an entry a page."""
 
 
 class PagePool:
@@ -31,9 +40,9 @@ class PagePool:
     (`count`) is host metadata: no attention kernel reads positions, since keys keep their rotary position.
     Wherever ids are taken they are distinct.
 
-    device_bytes, host_bytes: capacities of the two arenas. The host arena is made on first use, pinned if the device
-    is a GPU. staging_bytes bounds the temporary copies of `read` and of changes (change.py); callers count it beside
-    the arena.
+    device_bytes, host_bytes, disk_bytes: capacities of the arenas. The host arena is made on first use, pinned if the
+    device is a GPU; the disk arena, at once, is a nameless file in the cache folder (BudgetError where that is full).
+    staging_bytes bounds the temporary copies of `read` and of changes (change.py); callers count it beside the arena.
     """
 
     def __init__(
@@ -44,10 +53,13 @@ class PagePool:
         device_bytes: int,
         host_bytes: int = 0,
         staging_bytes: int = 4 << 20,
+        disk_bytes: int = 0,
     ):
         self.layers, self.dtype, self.device = layers, dtype, torch.device(device)
-        self.staging_bytes, self.host_capacity = staging_bytes, host_bytes
-        self.arenas: list[Arena | None] = [Arena(device_bytes, self.device), None]
+        self.staging_bytes, self.host_capacity, self.disk_capacity = staging_bytes, host_bytes, disk_bytes
+        self.arenas: list[Arena | None] = [Arena(device_bytes, self.device), None, None]
+        if disk_bytes:
+            self.arenas[DISK] = Arena(disk_bytes, folder=cache_root() / "disk")
         self.transfer = Transfer(self.device, staging_bytes) if self.device.type == "cuda" else None
         self.sequences: list[Sequence] = []
         self.regions: dict[int, int] = {}  # offset -> bytes: tails and rings, at fixed addresses
@@ -56,17 +68,21 @@ class PagePool:
         self.model = np.array([sizes.index(size) for size in sizes], np.int32)
         # bytes of a page part by layer and format code
         self.k_bytes, self.v_bytes = (
-            np.array([[_bytes(getattr(f, part), dims[i], dtype) for f in BY_CODE] for dims in sizes])
+            np.array([[_bytes(getattr(f, part), f.dims(*dims)[i], dtype) for f in BY_CODE] for dims in sizes])
             for i, part in enumerate("kv")
         )
         self.ref = np.zeros(0, np.int32)
         self.clock, self.stamp = 0, np.zeros(0, np.int64)  # changes so far, and the last one of each page
-        # one entry a page: where its keys, values and bounds (-1: none) start, format code, tier, used slots, layer,
-        # positions of its slots and, apart because every decision asks, of the first and the last of them
+        # one entry a page: where its keys, values and bounds (-1: none) start, format code, tier (of the values alone
+        # if split: then that is the host, and its keys are on the device), used slots, layer,
+        # positions of its slots and, apart because every decision asks, of the first and the last of them, the checksum
+        # of its bytes where they lie on disk, its bases and its head where it is of low rank (bases.py)
         self.k_off, self.v_off, self.b_off = (np.zeros(0, np.int64) for _ in range(3))
-        self.code, self.tier = np.zeros(0, np.int8), np.zeros(0, np.int8)
+        self.code, self.tier, self.split = np.zeros(0, np.int8), np.zeros(0, np.int8), np.zeros(0, bool)
         self.count, self.layer = np.zeros(0, np.int32), np.zeros(0, np.int16)
         self.first, self.last = np.zeros(0, np.int32), np.zeros(0, np.int32)
+        self.crc, self.basis = np.zeros(0, np.uint32), np.zeros(0, np.int64)
+        self.bases: dict[int, bases.Bases] = {}
         self.pos = np.zeros((0, PAGE), np.int32)
         self.free_ids = np.zeros(0, np.int32)
         self.moved_bytes = 0  # between tiers, both directions
@@ -76,7 +92,8 @@ class PagePool:
 
     def arena(self, tier: int) -> Arena:
         if (arena := self.arenas[tier]) is None:
-            arena = self.arenas[tier] = Arena(self.host_capacity, "cpu", pinned=self.device.type == "cuda")
+            pinned, capacity = self.device.type == "cuda" and tier == HOST, self.host_capacity if tier == HOST else 0
+            arena = self.arenas[tier] = Arena(capacity, "cpu", pinned)
         return arena
 
     @property
@@ -89,8 +106,17 @@ class PagePool:
         return host.used if host else 0
 
     @property
+    def disk_used(self) -> int:
+        disk = self.arenas[DISK]
+        return disk.used if disk else 0
+
+    @property
     def host_free(self) -> int:
         return self.host_capacity - self.host_used
+
+    def away_free(self, tier: int) -> int:
+        """Free bytes of the host or the disk."""
+        return self.host_free if tier == HOST else self.disk_capacity - self.disk_used
 
     def region(self, size: int) -> tuple[int, torch.Tensor]:
         """A fixed run of `size` device bytes (a tail, a ring). Returns its offset and a uint8 view."""
@@ -113,6 +139,17 @@ class PagePool:
         compact(self, tier)
         return _alloc(self.arena(tier), n, sizes)
 
+    def room_for(self, kind: Kind, n: int, parts: tuple[int, ...] = (0, 1)) -> list[np.ndarray]:
+        """Room for the keys (0) and values (1) of `n` pages: offsets of each. All of them, or ArenaFull."""
+        if len({kind.tiers[i] for i in parts}) == 1:
+            return self.alloc(kind.tiers[parts[0]], n, *(kind.sizes[i] for i in parts))
+        (keys,) = self.alloc(kind.tiers[0], n, kind.sizes[0])
+        try:  # another arena: what is not placed yet stays where it is
+            return [keys, *self.alloc(kind.tiers[1], n, kind.sizes[1])]
+        except ArenaFull:
+            self.arena(kind.tiers[0]).free(keys, kind.sizes[0])
+            raise
+
     def fence(self) -> None:
         """What comes next on the device sees, and does not disturb, the transfers under way."""
         if self.transfer:
@@ -134,19 +171,27 @@ class PagePool:
         at = self.layer[ids], self.code[ids]
         return self.k_bytes[at] + self.v_bytes[at]
 
+    def sizes_on(self, ids: np.ndarray, tier: int) -> np.ndarray:
+        """Bytes of each page that lie on `tier`, int64 in the shape of `ids`."""
+        at, tiers = (self.layer[ids], self.code[ids]), self.tier[ids]
+        keys = np.where(self.split[ids], DEVICE, tiers)
+        return self.k_bytes[at] * (keys == tier) + self.v_bytes[at] * (tiers == tier)
+
     def column_bytes(self, fmt: Format) -> int:
         """One page for every head of every layer: what sealing a full tail takes."""
         return sum(s.heads * fmt.bytes(s.k_dim, s.v_dim, self.dtype) for s in self.layers)
 
     def kind(self, page: int) -> Kind:
         shape = self.layers[self.layer[page]]
-        return Kind(shape.k_dim, shape.v_dim, self.dtype, BY_CODE[self.code[page]], int(self.tier[page]))
+        return Kind(
+            shape.k_dim, shape.v_dim, self.dtype, BY_CODE[self.code[page]], int(self.tier[page]), bool(self.split[page])
+        )
 
     def kinds(self, ids: np.ndarray) -> list[np.ndarray | slice]:
         """Which of `ids` are of one kind: an index for each kind, in order (a slice, which copies nothing, if all)."""
-        key = self.code[ids] * np.int8(len(TIERS)) + self.tier[ids]
+        key = (self.code[ids] * np.int16(len(TIERS)) + self.tier[ids]) * np.int16(2) + self.split[ids]
         if self.model.any():
-            key = key + self.model[self.layer[ids]] * (len(BY_CODE) * len(TIERS))
+            key = key + self.model[self.layer[ids]] * (len(BY_CODE) * len(TIERS) * 2)
         if len(ids) and (key == key[0]).all():
             return [slice(None)]
         return [np.flatnonzero(key == value) for value in np.unique(key)]
@@ -170,7 +215,7 @@ class PagePool:
     def _more_ids(self, n: int) -> None:
         """Make at least `n` more page ids."""
         old, grow = len(self.ref), max(n, 256, len(self.ref))
-        for name in ("ref", "stamp", "k_off", "v_off", "b_off", "code", "tier", "count", "layer", "first", "last"):
+        for name in _ENTRIES:
             entries = getattr(self, name)
             empty = np.full(grow, -1 if name == "b_off" else 0, entries.dtype)
             setattr(self, name, np.concatenate([entries, empty]))
@@ -183,7 +228,7 @@ class PagePool:
 
     def claim(self, layer: np.ndarray | int, kind: Kind, count: np.ndarray) -> np.ndarray:
         """New pages with room but no content or positions yet; nothing happens if it raises ArenaFull. Ids [n]."""
-        off = self.alloc(kind.tier, len(count), *kind.sizes)
+        off = self.room_for(kind, len(count))
         ids = self._take_ids(len(count))
         self.place(ids, kind, off)
         self.layer[ids], self.count[ids], self.ref[ids] = layer, count, 1
@@ -199,7 +244,7 @@ class PagePool:
     def place(self, ids: np.ndarray, kind: Kind, off: list[np.ndarray]) -> None:
         """Say that pages lie at `off` from now on (keys, values), as pages of `kind`."""
         self.k_off[ids], self.v_off[ids] = off
-        self.code[ids], self.tier[ids] = CODES[kind.fmt.name], kind.tier
+        self.code[ids], self.tier[ids], self.split[ids] = CODES[kind.fmt.name], kind.tier, kind.split
         self.mark(ids)
 
     def mark(self, ids: np.ndarray) -> None:
@@ -210,9 +255,9 @@ class PagePool:
     def vacate(self, ids: np.ndarray) -> None:
         """Free the bytes of pages of one kind."""
         kind = self.kind(ids[0])
-        for off, size in zip((self.k_off, self.v_off), kind.sizes, strict=True):
-            self.arena(kind.tier).free(off[ids], size)
-        self.tier[ids] = -1  # nowhere, until placed again
+        for off, tier, size in zip((self.k_off, self.v_off), kind.tiers, kind.sizes, strict=True):
+            self.arena(tier).free(off[ids], size)
+        self.tier[ids], self.split[ids] = -1, False  # nowhere, until placed again
 
     def write(
         self,
@@ -248,10 +293,11 @@ class PagePool:
             self._more_ids(len(count) + live)
         ids = self.claim(layer, Kind(shape.k_dim, shape.v_dim, self.dtype, fmt, tier), count)
         self.set_pos(ids, pos)
-        if tier == HOST:
+        if tier != DEVICE:
             self.settle()
         for off, part in zip((self.k_off, self.v_off), raw, strict=True):
             pageops.store(self.arena(tier).data, torch.from_numpy(off[ids]), part)
+        self.sign(ids)
         return ids
 
     def raw(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,9 +306,10 @@ class PagePool:
 
     def _raw(self, ids: np.ndarray, part: int) -> torch.Tensor:
         kind, off = self.kind(ids[0]), (self.k_off, self.v_off)[part]
-        if kind.tier == HOST:
+        if kind.tiers[part] != DEVICE:
             self.settle()
-        return pageops.fetch(self.arena(kind.tier).data, torch.from_numpy(off[ids]), kind.sizes[part])
+            self.verify(ids)
+        return pageops.fetch(self.arena(kind.tiers[part]).data, torch.from_numpy(off[ids]), kind.sizes[part])
 
     def read(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages of one kind, decoded and un-rotated: float32 [n, 64, k_dim], [n, 64, v_dim]."""
@@ -276,6 +323,8 @@ class PagePool:
         kind = self.kind(ids[0])
         codec, dim = kind.parts[part]
         x = codec.decode(self._raw(ids, part).to(self.device), dim, self.dtype)
+        if kind.fmt.rank:
+            return bases.project(self, ids, part, x, back=True)
         return hadamard(x) if kind.fmt.rotate else x
 
     def retain(self, ids: np.ndarray) -> None:
@@ -299,27 +348,63 @@ class PagePool:
     def tables(self, tier: int, *arrays: np.ndarray) -> list[torch.Tensor]:
         """Arrays as int64 for kernels that work on pages of `tier`, in one transfer.
 
-        On a GPU the kernels reach host pages themselves, since these are pinned.
+        On a GPU the kernels reach host pages themselves, since these are pinned. A file's pages are not: tables that
+        stay on the processor make it do the work.
         """
         if tier == HOST and self.transfer:
             self.fence()
             self.transfer.idle = False
-        joined = torch.from_numpy(np.concatenate(arrays, dtype=np.int64)).to(self.device)
+        if tier == DISK:
+            self.settle()
+        joined = torch.from_numpy(np.concatenate(arrays, dtype=np.int64)).to("cpu" if tier == DISK else self.device)
         return list(joined.split([len(a) for a in arrays]))
+
+    # -- checksums of what lies on disk ------------------------------------------------------------------------------
+
+    def sign(self, ids: np.ndarray) -> None:
+        """Note the checksums of those pages that lie on disk, now that they are written."""
+        if self.disk_capacity:
+            stored = ids[self.tier[ids] == DISK]
+            self.crc[stored] = self._checksums(stored)
+
+    def verify(self, ids: np.ndarray) -> None:
+        """Raise CacheFileError unless those pages that lie on disk are as they were written."""
+        if not self.disk_capacity:
+            return
+        stored = ids[self.tier[ids] == DISK]
+        if (self.crc[stored] != self._checksums(stored)).any():
+            raise CacheFileError("disk tier: a page is damaged; clear the cache and read the prompt again")
+
+    def _checksums(self, ids: np.ndarray) -> list[int]:
+        if not len(ids):
+            return []
+        self.settle()
+        data, at = self.arena(DISK).data.numpy().data, (self.layer[ids], self.code[ids])
+        columns = self.k_off[ids], self.v_off[ids], self.k_bytes[at], self.v_bytes[at]
+        blocks = zip(*(column.tolist() for column in columns), strict=True)
+        return [zlib.crc32(data[v : v + m], zlib.crc32(data[k : k + n])) for k, v, n, m in blocks]
 
     # -- all there is ------------------------------------------------------------------------------------------------
 
     def blocks(self, tier: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Every block of pages on a tier by address: offsets, bytes, 0 to 2 (keys, values, bounds), page; [n] each."""
-        live = np.flatnonzero((self.ref > 0) & (self.tier == tier))
-        bound = np.flatnonzero((self.ref > 0) & (self.b_off >= 0)) if tier == DEVICE else live[:0]
-        at = self.layer[live], self.code[live]
+        """Every block on a tier that can move, by address: offsets, bytes, what it is, whose; [n] each.
+
+        0 to 2 are keys, values and bounds of a page; 3 is a layer of bases, number of the bases x layers + layer.
+        """
+        keys = np.flatnonzero((self.ref > 0) & (np.where(self.split, DEVICE, self.tier) == tier))
+        values = np.flatnonzero((self.ref > 0) & (self.tier == tier))
+        bound = np.flatnonzero((self.ref > 0) & (self.b_off >= 0)) if tier == DEVICE else keys[:0]
+        k_size = self.k_bytes[self.layer[keys], self.code[keys]]
+        v_size = self.v_bytes[self.layer[values], self.code[values]]
         bounds_size = np.array([bounds_bytes(self, layer) for layer in range(len(self.layers))])
-        off = np.concatenate([self.k_off[live], self.v_off[live], self.b_off[bound]])
-        size = np.concatenate([self.k_bytes[at], self.v_bytes[at], bounds_size[self.layer[bound]]])
-        part = np.repeat([0, 1, 2], [len(live), len(live), len(bound)])
+        owned = list(self.bases.values()) if tier == DEVICE else []
+        whose = [one.number * len(self.layers) + np.arange(len(self.layers)) for one in owned]
+        off = np.concatenate([self.k_off[keys], self.v_off[values], self.b_off[bound], *(x.offsets for x in owned)])
+        size = [k_size, v_size, bounds_size[self.layer[bound]], *(x.sizes for x in owned)]
+        part = np.repeat([0, 1, 2, 3], [len(keys), len(values), len(bound), len(owned) * len(self.layers)])
         order = np.argsort(off)
-        return off[order], size[order], part[order], np.concatenate([live, live, bound])[order]
+        owner = np.concatenate([keys, values, bound, *whose])
+        return off[order], np.concatenate(size)[order], part[order], owner[order]
 
     def check_integrity(self) -> None:
         """Assert the invariants (integrity.py)."""

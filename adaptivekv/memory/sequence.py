@@ -13,6 +13,7 @@ from adaptivekv.kernels import PageBatch, pageops
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory import change
 from adaptivekv.memory.arena import ArenaFull
+from adaptivekv.memory.bases import Bases
 from adaptivekv.memory.batches import page_batches
 from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.formats import FORMATS, Format
@@ -56,6 +57,7 @@ class Sequence:
         self.protected: list[tuple[int, int]] = []  # spans of positions no eviction may take
         self.recalled: list[np.ndarray] | None = None  # a layer [H, position]: attention paid by a second reading
         self.scaling = 1.0  # of attention scores, as the model says at its first step
+        self.bases: Bases | None = None  # of its low-rank pages
         self.retrieve: Picker | None = None  # which pages a decode step reads (None: all)
         self._batches: list[list[tuple[PageBatch, np.ndarray]] | None] = [None] * len(pool.layers)
         self._regions: list[int] = []
@@ -256,6 +258,10 @@ class Sequence:
         """
         table, cells = self._chosen(select)
         self.touch()
+        if fmt.rank:
+            assert self.bases
+            heads = [np.repeat(np.arange(len(ids)), ids.shape[1]) for ids in self.ids]
+            self.bases.name(table[cells], np.concatenate(heads)[cells])
         for at in self.pool.kinds(table[cells]):
             old = table[cells[at]]
             new = change.convert(self.pool, old, fmt)
@@ -263,15 +269,16 @@ class Sequence:
                 table[cells[at]] = new
                 self._fill(table)
 
-    def move(self, select: list[np.ndarray], tier: int) -> None:
+    def move(self, select: list[np.ndarray], tier: int, split: bool = False) -> None:
         """Bring the selected pages (a bool array like `ids[layer]` for each layer) to `tier`.
 
+        split: to the host their values alone, and their keys to the device.
         All but the kinds of page for which ArenaFull is raised.
         """
         table, cells = self._chosen(select)
         for sequence in self.pool.sequences:  # the pages may be shared
             sequence.touch()
-        change.move(self.pool, table[cells], tier)
+        change.move(self.pool, table[cells], tier, split)
 
     def drop(self, select: list[np.ndarray]) -> None:
         """Evict the selected pages whole (a bool array like `ids[layer]` for each layer)."""
@@ -361,6 +368,8 @@ class Sequence:
         other.length, other.tail_len, other.tail_pos = self.length, self.tail_len, self.tail_pos.copy()
         other.ring_fill = self.ring_fill
         other.protected, other.scaling, other.retrieve = list(self.protected), self.scaling, self.retrieve
+        if self.bases:
+            other.bases, self.bases.users = self.bases, self.bases.users + 1
         return other
 
     def free(self) -> None:
@@ -368,7 +377,14 @@ class Sequence:
         self.pool.release(np.concatenate(list(self.pages()), dtype=np.int64))
         self.ids = [np.full((s.heads, 0), -1, np.int32) for s in self.pool.layers]
         self._free_regions()
+        self.leave_bases()
         self.pool.sequences.remove(self)
+
+    def leave_bases(self) -> None:
+        """Give up the bases of low-rank pages, once it has none of these."""
+        if self.bases:
+            self.bases.leave()
+            self.bases = None
 
     # -- facts -------------------------------------------------------------------------------------------------------
 
@@ -379,11 +395,11 @@ class Sequence:
         return (slots / heads + self.tail_len) / max(1, self.length)
 
     def bytes(self, tier: int = DEVICE) -> int:
-        """Bytes of the sealed pages on `tier` (shared pages count whole); on the device also bounds, tail and ring."""
+        """Bytes of the sealed pages on `tier` (shared pages count whole); on the device also the rest."""
         pool, ids = self.pool, np.concatenate(list(self.pages()))
-        total = int(pool.sizes(ids[pool.tier[ids] == tier]).sum())
+        total = int(pool.sizes_on(ids, tier).sum())
         if tier == DEVICE:
             bound = np.bincount(pool.layer[ids[pool.b_off[ids] >= 0]], minlength=len(pool.layers))
             total += sum(int(n) * bounds_bytes(pool, layer) for layer, n in enumerate(bound) if n)
-            total += sum(pool.regions[r] for r in self._regions)
+            total += sum(pool.regions[r] for r in self._regions) + (self.bases.bytes() if self.bases else 0)
         return total

@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adaptivekv.errors import CacheFileError
+from adaptivekv.memory.bases import Bases
 from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import TIERS
+from adaptivekv.memory.shapes import DISK, HOST, TIERS
 
-VERSION = 1
+VERSION = 2
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -38,8 +39,8 @@ def save(sequence: Sequence, path: str | Path) -> None:
     pool, tensors = sequence.pool, {}
     for layer, table in enumerate(sequence.ids):
         live = table[table >= 0]
-        key = pool.code[live].astype(np.int32) * len(TIERS) + pool.tier[live]
-        for value in np.unique(key):  # one matrix of stored bytes a format and tier
+        key = (pool.code[live].astype(np.int32) * len(TIERS) + pool.tier[live]) * 2 + pool.split[live]
+        for value in np.unique(key):  # one matrix of stored bytes a kind
             for part, raw in zip("kv", pool.raw(live[key == value]), strict=True):
                 tensors[f"{layer}.{part}.{value}"] = raw.cpu()
         tensors[f"{layer}.table"] = torch.from_numpy(table >= 0)
@@ -48,6 +49,9 @@ def save(sequence: Sequence, path: str | Path) -> None:
         tensors[f"{layer}.pos"] = torch.from_numpy(pool.pos[live])
         tensors[f"{layer}.tail_k"] = sequence.tail_k[layer].cpu().clone()
         tensors[f"{layer}.tail_v"] = sequence.tail_v[layer].cpu().clone()
+        if sequence.bases:
+            for part, basis in zip("kv", sequence.bases.layer(layer), strict=True):
+                tensors[f"{layer}.basis_{part}"] = basis.cpu().clone()
         if sequence.ring:
             tensors[f"{layer}.ring"] = sequence.ring[layer].cpu().clone()
     tensors["tail_pos"] = torch.from_numpy(sequence.tail_pos.copy())
@@ -56,6 +60,7 @@ def save(sequence: Sequence, path: str | Path) -> None:
         "tail_len": sequence.tail_len,
         "window": sequence.window,
         "ring_fill": sequence.ring_fill,
+        "ranks": sequence.bases.ranks if sequence.bases else [],
     }
     head = {"version": VERSION, "shape": _shape(pool), "protected": sequence.protected, **numbers}
     meta_text = {"adaptivekv": json.dumps(head, sort_keys=True)}
@@ -69,7 +74,11 @@ def save(sequence: Sequence, path: str | Path) -> None:
 
 
 def load(pool: PagePool, path: str | Path) -> Sequence:
-    """A sequence as `save` left it, on the tiers it had. Errors: CacheFileError; ArenaFull where there is no room."""
+    """A sequence as `save` left it, on the tiers it had (split pages whole on their values' tier, and
+    pages of a disk that this pool lacks on the host).
+
+    Errors: CacheFileError; ArenaFull where there is no room.
+    """
     try:
         with safe_open(path, "pt") as file:
             head, checksum = json.loads(file.metadata()["adaptivekv"]), file.metadata()["sha256"]
@@ -85,6 +94,8 @@ def load(pool: PagePool, path: str | Path) -> Sequence:
         raise CacheFileError(f"saved cache {path}: checksum differs, the file is damaged")
     sequence = Sequence(pool, head["window"])
     try:
+        if head["ranks"]:
+            sequence.bases = Bases(pool, head["ranks"])
         for layer in range(len(pool.layers)):
             _fill(sequence, layer, tensors)
     except Exception:
@@ -104,9 +115,14 @@ def _fill(sequence: Sequence, layer: int, tensors: dict[str, torch.Tensor]) -> N
     sequence.ids[layer], sequence.mass[layer] = table, tensors[f"{layer}.mass"].numpy().copy()
     for value in np.unique(key):
         raw, here = (tensors[f"{layer}.k.{value}"], tensors[f"{layer}.v.{value}"]), key == value
-        fmt, tier = BY_CODE[value // len(TIERS)], int(value % len(TIERS))
+        fmt, tier = BY_CODE[value // 2 // len(TIERS)], int(value // 2 % len(TIERS))
+        tier = HOST if tier == DISK and not pool.disk_capacity else tier
         np.put(live, np.flatnonzero(here), pool.adopt(layer, raw, count[here], pos[here], fmt, tier))
         table[mask] = live
+    if sequence.bases:
+        for part, basis in zip("kv", sequence.bases.layer(layer), strict=True):
+            basis.copy_(tensors[f"{layer}.basis_{part}"])
+        sequence.bases.name(live, np.nonzero(mask)[0])
     sequence.tail_k[layer].copy_(tensors[f"{layer}.tail_k"])
     sequence.tail_v[layer].copy_(tensors[f"{layer}.tail_v"])
     if sequence.ring:

@@ -135,7 +135,7 @@ class StepTables:
             grown = torch.zeros(len(pool.stamp), 4, dtype=torch.int64, device=pool.device)
             grown[: len(self.pages)] = self.pages
             self.pages = grown
-        changed = np.flatnonzero(pool.stamp > self.clock)
+        changed = np.flatnonzero((pool.stamp > self.clock) & (pool.ref > 0))  # freed ones may be of no kernel's format
         away = self._away() * (pool.tier[changed] == HOST)
         entry = np.empty((len(changed), 4), np.int64)
         entry[:, 0] = (pool.k_off[changed] + away) | pool.count[changed]

@@ -20,6 +20,7 @@ from adaptivekv.policies.quantization.float8 import FP8
 from adaptivekv.policies.quantization.hotcold import HotCold
 from adaptivekv.policies.quantization.kivi import Kivi2, Kivi4, Kivi42
 from adaptivekv.policies.quantization.kvquant import KVQuant
+from adaptivekv.policies.quantization.palu import Palu
 from adaptivekv.policies.quantization.tuned import Tuned
 from adaptivekv.policies.quantization.uniform import K4V2, Int2, Int4, Int8
 from adaptivekv.policies.retrieval.retrieve import Retrieve
@@ -29,7 +30,7 @@ STAGES: dict[str, type[Stage]] = {
     for stage in (
         Streaming, SnapKV, H2O, KNorm, KeyDiff, TOVA, Expected, Morph, NACL, KVzip,
         HashEvict, InfiniPot, Duo, QHitter,
-        Int8, Int4, K4V2, Int2, FP8, Kivi4, Kivi42, Kivi2, KVQuant, HotCold, Tuned, Offload, Retrieve,
+        Int8, Int4, K4V2, Int2, FP8, Kivi4, Kivi42, Kivi2, KVQuant, HotCold, Tuned, Palu, Offload, Retrieve,
     )
 }  # fmt: skip
 

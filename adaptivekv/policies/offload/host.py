@@ -1,4 +1,4 @@
-"""Offload: part of the pages live in host memory and are attended from there. Nothing is lost.
+"""Offload: part of the pages live in host memory or on disk and are attended from there. Nothing is lost.
 
 The idea is FlexGen's (arXiv 2303.06865), at page granularity: which pages leave is decided by their attention mass. Or
 whole layers leave, as in LayerKV (arXiv 2410.00428): every transfer is one long run, known before the step begins.
@@ -7,86 +7,144 @@ whole layers leave, as in LayerKV (arXiv 2410.00428): every transfer is one long
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import ClassVar
 
 import numpy as np
 
+from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST, TIERS
 from adaptivekv.policies.base import Stage, choice, share, worth
 
 
 @dataclass(frozen=True)
 class Offload(Stage):
-    """At most the share `device` of the sealed bytes stays on the device.
+    """At most the share `device` of the sealed bytes stays on the device, at most the share `host` in host memory.
 
+    What is left after both goes to disk; host=1 leaves nothing, host=0 is a cache of device and disk alone.
     by=pages: of every layer. Whole columns move (the same page of every head of a layer), least worth first.
     by=layers: whole layers move, evenly spread, so that those that stay hide the reading of the others; the paper sizes
     their number by the queue, so that a prompt is admitted sooner, and prefetches. Here the share is given.
-    Pages come back when the share allows it and the device has room.
+    by=values: the keys stay, and the values of columns leave for host memory, least worth first; where the keys alone
+    pass the share, all values do. Under `retrieve(by=keys)` only the values of pages that count are then fetched, as in
+    ShadowKV (arXiv 2410.21465).
+    Pages come back when the share allows it and the tier above has room.
+
+    Disk pages are attended through a mapped file: the operating system reads them, and keeps in memory what it has
+    room for. On a GPU they are gathered by the processor, and decode steps are not captured.
     """
 
     device: float
     by: str = "pages"
+    host: float = 1.0
 
     name: ClassVar[str] = "offload"
     kind: ClassVar[str] = "offload"
     paper: ClassVar[str] = "https://arxiv.org/abs/2303.06865"
     lossy: ClassVar[bool] = False
     undoable: ClassVar[bool] = True
-    formula: ClassVar[str] = "device x (bytes of the other stages) on the device, the rest on the host"
+    formula: ClassVar[str] = "device x (bytes of the other stages) on the device, host x on the host, the rest on disk"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "device", share("device", self.device))
-        choice("by", self.by, "pages", "layers")
+        choice("by", self.by, "pages", "layers", "values")
+        if isinstance(self.host, bool) or not isinstance(self.host, int | float) or not 0 <= self.host <= 1:
+            raise AdaptiveKVError(f"host={self.host} must be a share from 0 to 1")
+        if self.by == "values" and self.host < 1:
+            raise AdaptiveKVError(f"host={self.host:g}: by=values sends nothing to disk; leave host out")
+        object.__setattr__(self, "host", float(self.host))
+
+    @property
+    def disk(self) -> bool:
+        """Whether pages may have to go to disk."""
+        return self.host < 1
 
     def apply(self, sequence: Sequence) -> None:
-        pool = sequence.pool
+        pool, split = sequence.pool, self.by == "values"
         live = [ids >= 0 for ids in sequence.ids]
-        sizes = [pool.sizes(ids) * here for ids, here in zip(sequence.ids, live, strict=True)]
+        parts = [
+            np.stack([size[pool.layer[ids], pool.code[ids]] for size in (pool.k_bytes, pool.v_bytes)], 2)
+            * here[..., None]
+            for ids, here in zip(sequence.ids, live, strict=True)
+        ]  # [H, P, 2] a layer
         if self.by == "layers":
-            layers = self._layers(np.array([size.sum() for size in sizes]))
-            stays = [np.full(size.shape[1], stay) for size, stay in zip(sizes, layers, strict=True)]
+            layers = self._layers(np.array([size.sum() for size in parts]))
+            goals = [np.full(size.shape[1], tier) for size, tier in zip(parts, layers, strict=True)]
         else:
-            stays = [self._columns(sequence, layer, size.sum(0)) for layer, size in enumerate(sizes)]
-        device = [pool.tier[ids] == DEVICE for ids in sequence.ids]
-        leave = [a & b & ~c for a, b, c in zip(live, device, stays, strict=True)]
-        # a full host tier keeps them on the device, under its own pressure
-        if _sum(sizes, leave) <= pool.host_free:
-            sequence.move(leave, HOST)
-        back = [a & ~b & c for a, b, c in zip(live, device, stays, strict=True)]
-        if _sum(sizes, back) <= pool.arena(DEVICE).free_bytes - pool.reserved:
-            sequence.move(back, DEVICE)
+            goals = [self._columns(sequence, layer, size.sum(0)) for layer, size in enumerate(parts)]
+        # the lowest tier first, so that each leaves room for the next; a full one keeps them where they are, under the
+        # pressure of that tier
+        for tier in (DISK, HOST, DEVICE):
+            apart = split and tier == HOST
+            chosen = [
+                here & (goal == tier) & ((pool.tier[ids] != tier) | (pool.split[ids] != apart))
+                for ids, here, goal in zip(sequence.ids, live, goals, strict=True)
+            ]
+            if any(mask.any() for mask in chosen) and self._fits(
+                sequence, chosen, parts, (DEVICE if apart else tier, tier)
+            ):
+                sequence.move(chosen, tier, apart)
+
+    @staticmethod
+    def _fits(sequence: Sequence, chosen: list[np.ndarray], parts: list[np.ndarray], tiers: tuple[int, int]) -> bool:
+        """Whether there is room for keys and values of the chosen pages on these tiers."""
+        pool = sequence.pool
+        for tier in set(tiers):
+            need = 0
+            for ids, mask, size in zip(sequence.ids, chosen, parts, strict=True):
+                wanted = sum(size[mask][:, i] for i in (0, 1) if tiers[i] == tier)
+                need += int((wanted - pool.sizes_on(ids[mask], tier)).clip(0).sum())
+            room = pool.arena(DEVICE).free_bytes - pool.reserved if tier == DEVICE else pool.away_free(tier)
+            if need > max(0, room):
+                return False
+        return True
 
     def _layers(self, sizes: np.ndarray) -> np.ndarray:
-        """Which layers, of so many bytes each, stay: bool [L]. Evenly spread, and as many as the share allows."""
-        for number in range(len(sizes), 0, -1):
-            steps = np.arange(len(sizes) + 1) * number // len(sizes)
-            stays = steps[1:] > steps[:-1]
-            if sizes[stays].sum() <= self.device * sizes.sum():
-                return stays
-        return np.zeros(len(sizes), bool)
+        """The tier of each layer, of so many bytes each: int [L]. As many as the shares allow, each evenly spread."""
+        tiers = np.full(len(sizes), DISK)
+        for tier, room in ((DEVICE, self.device), (HOST, self.host)):
+            rest = np.flatnonzero(tiers == DISK)
+            tiers[rest[_spread(sizes[rest], room * sizes.sum())]] = tier
+        return tiers
 
     def _columns(self, sequence: Sequence, layer: int, columns: np.ndarray) -> np.ndarray:
-        """Which columns of a layer, of so many bytes each, stay on the device: bool [P]."""
+        """The tier of each column (by=values: of its values) of a layer; columns [P, 2] bytes. int [P]."""
         value = np.where(sequence.ids[layer] >= 0, worth(sequence, layer), -np.inf).max(0)
         best = np.argsort(-value, kind="stable")
-        stays = np.zeros(len(columns), bool)
-        stays[best] = np.cumsum(columns[best]) <= self.device * columns.sum()
-        return stays
+        tiers = np.zeros(len(columns), np.int64)
+        tiers[best] = self._filled(columns[best])
+        return tiers
 
-    def stays(self, held: list[tuple[int, list[int]]]) -> int:
-        """Bytes that stay of so many layers with columns of so many bytes each."""
+    def _filled(self, columns: np.ndarray) -> np.ndarray:
+        """The tier of each column (by=values: of its values), best first: columns [n, 2] bytes -> int [n]."""
+        total, always = columns.sum(), 0
+        if self.by == "values":
+            always, columns = columns[:, 0].sum(), columns[:, 1:]
+        ends = np.cumsum(columns.sum(1))
+        stays = always + ends <= self.device * total
+        beyond = ends - columns[stays].sum()
+        return np.where(stays, DEVICE, np.where(beyond <= self.host * total, HOST, DISK))
+
+    def placed(self, held: list[tuple[int, np.ndarray]]) -> list[int]:
+        """Bytes on device, host and disk of so many layers with columns of so many bytes of keys and values, [n, 2]."""
         if self.by == "layers":
-            sizes = np.array([sum(columns) for count, columns in held for _ in range(count)])
-            return int(sizes[self._layers(sizes)].sum())
-        most = ((count, self.device * sum(columns), accumulate(columns)) for count, columns in held)
-        return sum(count * max((part for part in parts if part <= room), default=0) for count, room, parts in most)
+            sizes = np.array([columns.sum() for count, columns in held for _ in range(count)], np.int64)
+            tiers = self._layers(sizes)
+        else:
+            tiers = np.concatenate([self._filled(columns) for _, columns in held])
+            sizes = np.concatenate([count * columns for count, columns in held])  # [n, 2]
+            tiers = np.stack([np.zeros_like(tiers) if self.by == "values" else tiers, tiers], 1)
+        return [int(sizes[tiers == tier].sum()) for tier in range(len(TIERS))]
 
     def features(self) -> dict[str, float]:
         return {"device_share": self.device}
 
 
-def _sum(sizes: list[np.ndarray], chosen: list[np.ndarray]) -> int:
-    return sum(int(size[mask].sum()) for size, mask in zip(sizes, chosen, strict=True))
+def _spread(sizes: np.ndarray, room: float) -> np.ndarray:
+    """Which of some layers, evenly spread and as many as possible, take at most `room` bytes: bool like `sizes`."""
+    for number in range(len(sizes), 0, -1):
+        steps = np.arange(len(sizes) + 1) * number // len(sizes)
+        chosen = steps[1:] > steps[:-1]
+        if sizes[chosen].sum() <= room:
+            return chosen
+    return np.zeros(len(sizes), bool)

@@ -46,12 +46,21 @@ class Quantize(Stage):
         """The narrowest of `formats`: whatever can become this can come under the stage."""
         return self.formats[-1]
 
-    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, list[int]]]:
+    def reaches(self, fmt: Format) -> bool:
+        """Whether a page in `fmt` can come under the stage, or is there."""
+        return fmt == self.format or fmt.demotes(self.format)
+
+    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, np.ndarray]]:
         """Bytes of the n settled columns (a page of every head) of `layers` layers of one shape, after the prompt.
 
-        Layers that end alike are one entry: how many they are, and the bytes of each column of one of them.
+        Layers that end alike are one entry: how many they are, and the bytes of keys and of values of each column of
+        one of them, int64 [n, 2].
         """
         raise NotImplementedError
+
+    def beside(self, shape: LayerShape, layers: int, dtype: torch.dtype) -> int:
+        """Device bytes that `layers` layers of one shape take beside their pages, once some have settled."""
+        return 0
 
     def settled(self, sequence: Sequence) -> list[np.ndarray]:
         """The pages that this stage may touch, bool like `sequence.ids[layer]` for each layer."""
@@ -74,8 +83,8 @@ class Single(Quantize):
     def apply(self, sequence: Sequence) -> None:
         sequence.convert(demotable(sequence, self.settled(sequence), self.format), self.format)
 
-    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, list[int]]]:
-        return [(layers, [shape.heads * self.format.bytes(shape.k_dim, shape.v_dim, dtype)] * n)]
+    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, np.ndarray]]:
+        return [(layers, column(shape, self.format, dtype, n))]
 
     def features(self) -> dict[str, float]:
         return {"k_bits": float(self.format.k.bits), "v_bits": float(self.format.v.bits)}
@@ -106,6 +115,11 @@ class Mixed(Quantize):
             "k_bits": share * high.k.bits + (1 - share) * low.k.bits,
             "v_bits": share * high.v.bits + (1 - share) * low.v.bits,
         }
+
+
+def column(shape: LayerShape, fmt: Format, dtype: torch.dtype, n: int = 1) -> np.ndarray:
+    """Bytes of keys and of values of n columns (a page of every head) in one format: int64 [n, 2]."""
+    return np.tile(np.array(fmt.sizes(shape.k_dim, shape.v_dim, dtype), np.int64) * shape.heads, (n, 1))
 
 
 def demotable(sequence: Sequence, select: list[np.ndarray], fmt: Format) -> list[np.ndarray]:

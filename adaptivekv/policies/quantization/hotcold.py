@@ -12,7 +12,7 @@ from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.policies.base import share, worth
-from adaptivekv.policies.quantization.base import Mixed, demotable
+from adaptivekv.policies.quantization.base import Mixed, column, demotable
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class HotCold(Mixed):
         sequence.convert(demotable(sequence, cold, low), low)
         sequence.convert(demotable(sequence, hot, high), high)
 
-    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, list[int]]]:
-        high, low = (fmt.bytes(shape.k_dim, shape.v_dim, dtype) for fmt in self.formats)
+    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, np.ndarray]]:
+        high, low = (column(shape, fmt, dtype) for fmt in self.formats)
         hot = round(self.hot * n * shape.heads)
-        wide = [hot * (i + 1) // n - hot * i // n for i in range(n)]  # which they are is not known: evenly
-        return [(layers, [shape.heads * low + some * (high - low) for some in wide])]
+        wide = np.diff(hot * np.arange(n + 1) // max(1, n))  # which they are is not known: evenly
+        return [(layers, low + wide[:, None] * (high - low) // shape.heads)]
 
     def features(self) -> dict[str, float]:
         return self.mixture(self.hot)

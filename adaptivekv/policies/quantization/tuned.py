@@ -13,7 +13,7 @@ from adaptivekv.memory.formats import CODES
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.policies.base import share
-from adaptivekv.policies.quantization.base import Mixed, demotable
+from adaptivekv.policies.quantization.base import Mixed, column, demotable
 
 QUERIES = 32
 
@@ -74,10 +74,10 @@ class Tuned(Mixed):
             wide[alike[best[: round(self.layers * len(alike))]]] = True
         return wide
 
-    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, list[int]]]:
+    def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, np.ndarray]]:
         wide = round(self.layers * layers)
         return [
-            (some, [shape.heads * fmt.bytes(shape.k_dim, shape.v_dim, dtype)] * n)
+            (some, column(shape, fmt, dtype, n))
             for some, fmt in zip((wide, layers - wide), self.formats, strict=True)
             if some
         ]
