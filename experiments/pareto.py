@@ -1,121 +1,222 @@
-"""Quality against physical bytes: plans over the task families, and the front they form.
+"""Quality against physical bytes: every plan over the task families of RULER, and the front they form.
 
-    python -m experiments.pareto --lengths 4096 --samples 2 --out experiments/results/pareto-aware.json
-    python -m experiments.pareto --lengths 4096 --samples 2 --agnostic --out experiments/results/pareto-agnostic.json
+    python -m experiments.pareto run ruler.jsonl --device cuda --jobs 14
+    python -m experiments.pareto table ruler.jsonl --out experiments/results
 
-A cell (task, length) at a time, each written as soon as it is done: a run that was stopped goes on where it was, and
-more plans, lengths or samples are other files. Accuracy is the mean over the families, relative to the full cache's on
-the same prompts; bytes are those the cache holds at the end, scales, native windows and the open tail included.
+`run` works through a queue of prompts, those that matter most first, and appends a line a plan: a run that was stopped
+goes on where it was, on any machine; lines of several files add up. `--lengths`, `--models`, `--samples` or `--plans`
+replace the queue. Prompts, seeds and scores are those of `adaptivekv evaluate --seed 0`. `table`: see `front.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
+import transformers
+from torch import multiprocessing
 
-from adaptivekv.console import bar
-from adaptivekv.model import load
-from adaptivekv.trainer.evaluate import evaluate
-from adaptivekv.trainer.tasks import TASKS
+from adaptivekv.model import LoadedModel, load
+from adaptivekv.plan import Plan
+from adaptivekv.trainer.evaluate import NEW
+from adaptivekv.trainer.replay import reference, replay
+from adaptivekv.trainer.tasks import TASKS, haystack, make
+from experiments import front
 
-AWARE = (
-    "full", "k4v2", "snapkv(0.5, pool=32) | k4v2", "snapkv(0.35, pool=32) | k4v2", "snapkv(0.25, pool=32) | k4v2",
-    "tova(0.5) | k4v2", "snapkv(0.5) | k4v2",
+LOW = "k4v2(window=0, sinks=0)"
+KEPT = f"{LOW} | offload(0.3)"  # all of it, most of it in host memory
+FRONT = {
+    True: (LOW, KEPT, *(f"snapkv({keep}, pool=32) | {LOW}" for keep in (0.7, 0.6, 0.5, 0.35)), f"kvzip(0.6) | {LOW}"),
+    False: (LOW, KEPT, *(f"kvzip({keep}) | {LOW}" for keep in (0.8, 0.75, 0.7, 0.6)), f"keydiff(0.8) | {LOW}"),
+}
+"""What may reach the targets, with the question known (True) and not."""
+EVICTIONS = (
+    "streaming", "snapkv", "h2o", "knorm", "keydiff", "tova", "expected", "morph", "nacl", "hashevict", "infinipot",
+    "duo", "kvzip", "qhitter",
 )  # fmt: skip
-AGNOSTIC = (
-    "full", "k4v2", "kvzip(0.6) | k4v2", "kvzip(0.5) | k4v2", "kvzip(0.4) | k4v2", "keydiff(0.6) | k4v2",
-    "snapkv(0.6, pool=32) | k4v2",
+METHODS = (
+    *(f"{name}(0.5)" for name in EVICTIONS), "snapkv(0.5, heads=adaptive)", "snapkv(0.5, layers=pyramid)",
+    "snapkv(0.5, layers=measured)", "snapkv(0.5, pool=32)", "int8", "fp8", "int4", "kivi4", "kvquant", "k4v2", "kivi42",
+    "int2", "kivi2", "palu(0.5)", "hotcold(0.25)", "tuned(0.5)", "tuned(0.5, high=k4v2, low=int2, window=0, sinks=0)",
+    "offload(0.05)", "offload(0.1, by=layers)", "retrieve(0.1)", "flexgen", "qhitter_int4",
+    "rocketkv", "infinigen", "shadowkv", "tailorkv",
 )  # fmt: skip
+"""Every method of the table once."""
+SMALL, BASE, LONG, BOTH = "smollm2", "gemma3-270m", (4096, 7168), (True, False)
 
 
-def measure(args: argparse.Namespace, plans: tuple[str, ...]) -> dict[str, Any]:
-    """Cells not yet in the file are evaluated and added to it."""
-    loaded = load(args.model, args.device)
-    facts = {"model": loaded.name, "samples": args.samples, "seed": args.seed, "plans": list(plans)}
-    facts |= {"question_aware": not args.agnostic}
+class Part(NamedTuple):
+    """A part of the queue: every length, kind of question and task, sample by sample."""
+
+    model: str
+    lengths: tuple[int, ...]
+    samples: range
+    plans: tuple[str, ...] = ()  # () stands for `FRONT`, by what is known
+    aware: tuple[bool, ...] = BOTH
+
+
+QUEUE: tuple[Part, ...] = (
+    Part(SMALL, LONG, range(0, 2)),
+    Part(SMALL, LONG[:1], range(0, 1), METHODS),
+    Part(SMALL, LONG, range(2, 4)),
+    Part(BASE, LONG, range(0, 2)),
+    Part(SMALL, LONG[1:], range(0, 1), METHODS),
+    Part(BASE, LONG[:1], range(0, 1), METHODS),
+    Part(SMALL, (2048,), range(0, 2)),
+    Part(SMALL, LONG, range(4, 8)),
+    Part(SMALL, (2048,), range(0, 1), METHODS),
+    Part(BASE, LONG[1:], range(0, 1), METHODS),
+    Part(BASE, (2048,), range(0, 2)),
+    Part(BASE, (2048,), range(0, 1), METHODS),
+    Part(SMALL, LONG, range(8, 16)),
+    Part(SMALL, (*LONG, 2048), range(1, 4), METHODS),
+    Part(BASE, LONG, range(2, 8)),
+)
+
+
+class Cell(NamedTuple):
+    """A prompt and the plans it is answered under."""
+
+    model: str
+    aware: bool
+    length: int
+    task: str
+    sample: int
+    plans: tuple[str, ...]
+
+    def key(self, plan: str) -> str:
+        return json.dumps([*self[:5], plan])
+
+
+def cells(parts: tuple[Part, ...]) -> Iterator[Cell]:
+    for part in parts:
+        for sample in part.samples:
+            for length in part.lengths:
+                for task in TASKS:
+                    for aware in part.aware:
+                        plans = ("full", *(part.plans or FRONT[aware]))
+                        yield Cell(part.model, aware, length, task, sample, plans)
+
+
+def work(queue: list[Cell], device: str, out: Path, at: Any, until: float) -> None:
+    """Take cells until none or no time is left."""
+    torch.set_num_threads(1)
+    models: dict[str, LoadedModel] = {}
+    while time.time() < until:
+        with at.get_lock():
+            number, at.value = at.value, at.value + 1
+        if number >= len(queue):
+            return
+        cell = queue[number]
+        if cell.model not in models:
+            models[cell.model] = load(cell.model, device)
+        try:
+            measure(cell, models[cell.model], out, until)
+        except Exception as error:
+            _append(out, dict(zip(Cell._fields[:5], cell[:5], strict=True)) | _failed(error))
+            if models[cell.model].device.type == "cuda":
+                torch.cuda.synchronize()  # a context that is lost raises here, and another process takes over
+
+
+def measure(cell: Cell, loaded: LoadedModel, out: Path, until: float) -> None:
+    task = make(cell.task, cell.length, loaded.tokenizer, cell.sample, haystack())
+    document, question = task.ids(loaded.tokenizer)
+    if cell.aware:
+        document, question = document + question, []
+    full = reference(loaded, document, NEW, None, question, stop=True, plans=cell.plans)
     where = torch.cuda.get_device_name() if loaded.device.type == "cuda" else f"{platform.machine()} CPU"
-    result = facts | {"device": where, "torch": torch.__version__, "command": args.command, "rows": []}
+    facts = {"device": where, "torch": torch.__version__, "transformers": transformers.__version__}
+    for plan in cell.plans:
+        if time.time() > until:
+            break
+        row = dict(zip(Cell._fields[:5], cell[:5], strict=True)) | {"plan": plan}
+        try:
+            run = replay(full, plan, text=NEW)
+        except Exception as error:
+            _append(out, row | _failed(error))
+            if loaded.device.type == "cuda":
+                torch.cuda.synchronize()
+            continue
+        row |= {"score": task.score(run.text or ""), "answer": run.text}
+        row |= {"kl": run.kl_mean, "kl_worst": run.kl_worst, "flip_rate": run.flip_rate, "tokens": len(run.kl)}
+        row |= {"device_bytes": run.device_bytes, "host_bytes": run.host_bytes, "full_bytes": run.full_bytes}
+        _append(out, row | {"seconds": round(run.seconds, 2), "step_ms": round(run.step_ms, 2)} | facts)
+    full.free()
+
+
+def _failed(error: Exception) -> dict[str, str]:
+    return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _append(out: Path, row: dict[str, Any]) -> None:
+    with out.open("a") as file:  # one write of one short line: whole, whoever else appends
+        file.write(json.dumps(row) + "\n")
+
+
+def run(args: argparse.Namespace) -> None:
+    parts, until = QUEUE, time.time() + args.seconds
+    if args.lengths or args.models or args.samples or args.plans:
+        lengths, samples = tuple(args.lengths or LONG), range(args.samples or 1)
+        plans = (*FRONT[True], *FRONT[False], *METHODS) if args.plans == ["all"] else tuple(args.plans or ())
+        parts = tuple(Part(model, lengths, samples, plans) for model in args.models or [SMALL])
+    for plan in {plan for cell in cells(parts) for plan in cell.plans}:
+        Plan.parse(plan)  # what is misspelt fails here
+    done = set()
     if args.out.exists():
-        old = json.loads(args.out.read_text())
-        if any(old[key] != value for key, value in facts.items()):
-            raise SystemExit(f"{args.out}: made with other settings; give another --out")
-        result["rows"] = old["rows"]
-    done = {(row["task"], row["length"]) for row in result["rows"]}
-    cells = [(task, length) for length in args.lengths for task in args.tasks if (task, length) not in done]
-    with bar(False) as progress:
-        job = progress.add_task("pareto", total=len(cells) * len(plans) * args.samples)
-        for task, length in cells:
-            result["rows"] += evaluate(
-                loaded, plans, [task], [length], args.samples, args.seed, question_aware=not args.agnostic,
-                progress=lambda *_: progress.advance(job),
-            )  # fmt: skip
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a length and plan: mean over the tasks, relative to `full`."""
-    out = []
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["length"], row["plan"]), []).append(row)
-    for (length, plan), cell in sorted(groups.items()):
-        full = np.mean([row["score"] for row in groups[length, "full"]])
-        mean = {key: float(np.mean([row[key] for row in cell])) for key in ("score", "kl", "flip_rate", "kv_ratio")}
-        megabytes = float(np.mean([row["kv_bytes_end"] for row in cell])) / 1e6
-        out.append({"length": length, "plan": plan, "relative": mean["score"] / full, "mb": megabytes} | mean)
-    return out
-
-
-def plot(table: list[dict[str, Any]], path: Path) -> None:
-    lengths = sorted({row["length"] for row in table})
-    figure = Figure(figsize=(5.5 * len(lengths), 4.5), layout="constrained")
-    for i, length in enumerate(lengths):
-        axes = figure.add_subplot(1, len(lengths), i + 1)
-        rows = sorted((row for row in table if row["length"] == length), key=lambda row: row["kv_ratio"])
-        best, front = -1.0, []
-        for row in rows:
-            axes.plot(row["kv_ratio"], row["relative"], "o", label=row["plan"])
-            if row["relative"] > best:
-                best = row["relative"]
-                front.append(row)
-        axes.plot([r["kv_ratio"] for r in front], [r["relative"] for r in front], "0.6", zorder=0)
-        axes.set(xscale="log", xlabel="bytes held / 16-bit cache", ylabel="accuracy / full cache's")
-        axes.set_title(f"{length} tokens")
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+        for row in map(json.loads, args.out.read_text().splitlines()):
+            done.add(json.dumps([*(row[key] for key in Cell._fields[:5]), row.get("plan")]))
+    queue = []
+    for cell in cells(parts):
+        left = tuple(plan for plan in cell.plans if cell.key(plan) not in done)
+        if left:
+            queue.append(cell._replace(plans=left))
+            done |= {cell.key(plan) for plan in left}
+    print(f"{sum(len(cell.plans) for cell in queue)} runs in {len(queue)} prompts", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    at = context.Value("i", 0)
+    workers: list[Any] = []
+    while time.time() < until:
+        workers = [worker for worker in workers if worker.is_alive()]
+        if at.value >= len(queue) and not workers:
+            return
+        for _ in range(args.jobs - len(workers) if at.value < len(queue) else 0):  # also in place of one that failed
+            workers.append(context.Process(target=work, args=(queue, args.device, args.out, at, until)))
+            workers[-1].start()
+        time.sleep(1)
+    for worker in workers:
+        worker.join(max(0.0, until + args.grace - time.time()))
+        worker.kill()  # what it has written stays
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--agnostic", action="store_true", help="compress the document before the question is known")
-    parser.add_argument("--plans", nargs="+")
-    parser.add_argument("--model")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
+    steps = parser.add_subparsers(dest="step", required=True)
+    made = steps.add_parser("run")
+    made.add_argument("out", type=Path)
+    made.add_argument("--models", nargs="+")
+    made.add_argument("--lengths", type=int, nargs="+")
+    made.add_argument("--samples", type=int)
+    made.add_argument("--plans", nargs="+", help="`all`: every plan of the queue")
+    made.add_argument("--device", default="auto")
+    made.add_argument("--jobs", type=int, default=1)
+    made.add_argument("--seconds", type=float, default=1e9, help="start nothing after so long")
+    made.add_argument("--grace", type=float, default=8, help="seconds after that in which what was begun may end")
+    shown = steps.add_parser("table")
+    shown.add_argument("rows", type=Path, nargs="+")
+    shown.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    given = [f"--lengths {' '.join(map(str, args.lengths))}", f"--samples {args.samples}", f"--seed {args.seed}"]
-    args.command = " ".join(["python -m experiments.pareto", *given, "--agnostic" * args.agnostic, f"--out {args.out}"])
-    plans = tuple(args.plans or (AGNOSTIC if args.agnostic else AWARE))
-    table = summary(measure(args, plans)["rows"])
-    plot(table, args.out.with_suffix(".png"))
-    for row in table:
-        print(
-            f"{row['length']:>6} {row['plan']:<34} {row['score']:.3f} ({row['relative']:.0%} of full) "
-            f"KL {row['kl']:.4f} flips {row['flip_rate']:.1%} {row['kv_ratio']:.1%} {row['mb']:.1f} MB"
-        )
+    if args.step == "run":
+        run(args)
+    else:
+        front.table([json.loads(line) for path in args.rows for line in path.read_text().splitlines()], args.out)
 
 
 if __name__ == "__main__":
