@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "study")
     parser.add_argument("--skip-collect", action="store_true", help="take what --work holds")
+    parser.add_argument("--collected", help="where, if not on this machine: goes into the record")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     store = f"sqlite:///{args.work.resolve() / 'mlflow.db'}"
@@ -74,7 +75,8 @@ def main() -> None:
     table = dataset.load(sources)
     RESULTS.mkdir(exist_ok=True)
     command = "python -m experiments.champion " + " ".join(sys.argv[1:])
-    made = {"command": command} | record(table, policy, trained) | {"failed": failed, "not_certified": refused}
+    made = {"command": command, "collected": args.collected} | record(table, policy, trained)
+    made |= {"failed": failed, "not_certified": refused}
     (RESULTS / "champion.json").write_text(json.dumps(rounded(made), indent=1) + "\n")
     with tempfile.TemporaryDirectory() as empty:
         found = registry.find_champion(None, f"sqlite:///{empty}/none.db")

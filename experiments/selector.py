@@ -208,12 +208,16 @@ def run(rows: Rows, seeds: int, say: Callable[[str], None]) -> dict[str, Any]:
     record["selector less the others"] = {kind: differences(study, each) for kind, each in played.items()}
     record["scenarios"] = {kind: by_scenario(study, each) for kind, each in played.items()}
     record["right"] = {name: right(study, choice) for name, choice in choices.items()}
+    some = ("selector", "table", "forest", "static")
+    record["halves"] = parts.halved(study, {name: made[name][0].at() for name in some})
+    record["right answers lost"] = parts.answers(study, choices)
     say("under other prices of a host byte")
     record["kappa"] = prices(study, made["selector"])
     say("without one stage")
     record["parts"] = parts.stages(study, base, perfect)
     say("without some features")
     record["features"] = parts.features(study, base)
+    record["stale"] = parts.stale(study, base)
     say("with fewer requests, and in scenarios not trained on")
     record["curve"] = parts.curve(study, base)
     record["elsewhere"] = parts.elsewhere(study, base)
@@ -299,7 +303,8 @@ def show(record: dict[str, Any]) -> None:
             share = "share of the way from static to oracle: {share:.2f}, 95 % {low:.2f} to {high:.2f}"
             console.print(share.format(**less["gap closed"]))
     table = Table("without", "charged cost rises", "95 %", "where most")
-    for stage, got in record["parts"].items():
+    for stage in parts.STAGES:
+        got = record["parts"][stage]
         table.add_row(f"stage {stage}", *gap(got["rise"]), f"{got['hurts most']} {got['there']:+.3f}")
     for name, rise in record["features"].items():
         table.add_row(name, *gap(rise))

@@ -186,7 +186,7 @@ def test_the_controller_takes_the_plan_that_was_judged(data, trained):
         controller = Measured(selector=policy, candidates=tuple(map(str, requests[0].rows.plan)))
         controller.mask = np.ones(4, bool)
         for i, request in enumerate(requests):
-            for quality in (0.01, 0.1, 0.3):
+            for quality in (0.01, 0.1, 1.0):
                 controller.state, controller.quality = request.rows.state[0].copy(), quality
                 controller.state[scoring.QUALITY] = np.log10(quality)
                 controller.sizes = request.rows.device_bytes, request.rows.host_bytes

@@ -1,5 +1,6 @@
 """Collecting on a local Ray with the embedded model: the whole loop, a kill in the middle, bad arguments."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
-from adaptivekv.trainer import dataset, registry, tracking, trajectories
+from adaptivekv.trainer import dataset, registry, tracking, trajectories, workload
 from adaptivekv.trainer.compare import compare
 from adaptivekv.trainer.train import train
 
@@ -63,6 +64,8 @@ def test_loop(local_ray, store, tmp_path, monkeypatch):
     assert unknown <= {"log2_question"} | {n for n in schema.ATTENTION}  # some prompts are too short for page mass
     assert {"kl/int4", "device/int4", "host/int4", "step_ms/int4"} <= got["metrics"].keys()
     assert table["probs"].to_pylist()[0] == [0.25] * 4
+    assert np.allclose([np.mean(kl) for kl in table["label_kl"].to_pylist()], rows.loss, atol=1e-6)
+    assert np.isfinite(rows.halves).all() and np.isnan(rows.right).all()
 
     first = train(seed=0, out_dir=tmp_path / "a", tracking_uri=store)
     assert registry.promote(first["run_id"], tracking_uri=store)["version"] == 1
@@ -72,6 +75,14 @@ def test_loop(local_ray, store, tmp_path, monkeypatch):
     assert [row["champion"] for row in shown["rows"]] == [True, False]
     assert Path(shown["plot"]).stat().st_size > 1000
     assert registry.find_champion(None, store).name == "champion@1"
+
+
+def test_right_answers():
+    """Where answers are known, a request of split test says for every plan what its own answer had of them."""
+    needle = dataclasses.replace(workload.load("mixed"), kinds={"needle": 1.0}, tokens=(300, 320), turns=(1, 1))
+    (request,) = workload.draw(needle, 1, only=("test",))
+    rows = ReplayWorker(None, ("full", "streaming(0.1)"), 24).replay(dataclasses.replace(request, new=24))
+    assert [row["label_right"] for row in rows] == [1.0, 0.0]
 
 
 COMMAND = """

@@ -1,6 +1,7 @@
 """Ways to choose on requests whose right plan is known, the bootstrap's coverage, and arithmetic of the simulation."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,8 @@ def made(requests: int, seed: int = 0, noise: float = 0.0, ms: float = 2.0, room
             loss=np.where(hard == 1, losses[1], losses[0]) * 10 ** rng.normal(0, noise, n),
             worst=np.ones(n),
             flip=np.zeros(n),
+            halves=np.full((n, 2), np.nan),
+            right=np.full(n, np.nan),
             step_ms=np.full(n, ms),
             device_bytes=(size * device).astype(int),
             host_bytes=(size * (1 - device)).astype(int),
@@ -171,6 +174,32 @@ def test_plans_must_be_the_same():
     few[1] = scoring.requests(few[1].rows.where(np.arange(4)))[0]
     with pytest.raises(AdaptiveKVError, match="replayed for some requests only"):
         rivals.static(few)
+
+
+def test_half_of_the_tokens():
+    """Whoever knows one half knows the other if they are alike, and breaks SLOs if they are not."""
+    from experiments import parts
+
+    def with_halves(noise: float) -> list[Request]:
+        rng = np.random.default_rng(1)
+        return [
+            dataclasses.replace(r, rows=dataclasses.replace(
+                r.rows, halves=r.rows.loss[:, None] * 10 ** rng.normal(0, noise, (len(r.rows), 2))
+            ))
+            for r in made(60)
+        ]  # fmt: skip
+
+    choices = {"selector": rivals.static(made(60)).at()}
+    for noise in (0.0, 1.0):
+        requests = with_halves(noise)
+        study = SimpleNamespace(
+            test=requests,
+            split={"train": requests, "select": requests},
+            against=lambda a, b: scoring.paired(a.cost, b.cost, np.arange(60)),
+        )
+        got = parts.halved(study, choices)
+        assert got["hindsight"]["broken"] == 0 and (got["half oracle"]["broken"] > 0.05) == (noise > 0)
+        assert got["with a margin"]["charged"] <= got["half oracle"]["charged"]
 
 
 def test_bootstrap_covers_only_with_documents():

@@ -162,6 +162,7 @@ def test_write(smol, plain, kind, turns):
     assert prompt == workload.write(request, smol.tokenizer)
     assert 0.85 * request.tokens <= len(prompt.ids) <= 1.15 * request.tokens
     assert len(prompt.follow) == turns - 1
+    assert bool(prompt.answers) == (kind in writing.TASKS) and all(answer in prompt.text for answer in prompt.answers)
     end = smol.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (end in prompt.ids) == (turns > 1 or kind not in writing.CONTINUED)
     questions = [smol.tokenizer.decode(ids) for ids in prompt.follow]

@@ -22,7 +22,7 @@ from adaptivekv.features.request import text_features
 from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.plan import Plan
 from adaptivekv.trainer import replay as replaying
-from adaptivekv.trainer import workload
+from adaptivekv.trainer import tasks, workload
 from adaptivekv.trainer.workload import Prompt, Request
 
 QUIET = ("RAY_USAGE_STATS_ENABLED=0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0")
@@ -63,10 +63,15 @@ class ReplayWorker(Worker):
             try:
                 state = schema.row(features(request, prompt, reference)).tolist()
                 link = request.link if on_cpu(reference) else None
-                runs = [(plan, replaying.replay(reference, plan)) for plan in self.plans]
+                free = new if request.split == "test" and prompt.answers else 0  # an own answer doubles the work
+                runs = [(plan, replaying.replay(reference, plan, text=free)) for plan in self.plans]
                 limits = room(request, runs[self.plans.index("full")][1].device_bytes)
                 tokens = len(reference.tokens)
-                return [row(request, state, self.plans, plan, run, tokens, link) | limits for plan, run in runs]
+                return [
+                    row(request, state, self.plans, plan, run, tokens, link) | limits
+                    | {"label_right": None if run.text is None else tasks.score(prompt.answers, run.text)}
+                    for plan, run in runs
+                ]  # fmt: skip
             finally:
                 reference.free()
         except AdaptiveKVError as error:
@@ -155,6 +160,7 @@ def row(
         "label_loss": run.kl_mean,
         "label_worst": run.kl_worst,
         "label_flip": run.flip_rate,
+        "label_kl": run.kl,
         "label_kind": "replay",
         "label_prob": 1.0,
     }

@@ -31,6 +31,8 @@ class Rows:
     loss: np.ndarray  # [n] nats per token, >= 0
     worst: np.ndarray  # [n] the same, of the worst token; NaN: not known
     flip: np.ndarray  # [n] share of the tokens whose most likely choice differs; NaN: not known
+    halves: np.ndarray  # [n, 2] loss of the even and of the odd tokens; NaN: not known
+    right: np.ndarray  # [n] share of the expected answers in its own answer; NaN: not known
     step_ms: np.ndarray  # [n]
     device_bytes: np.ndarray  # [n]
     host_bytes: np.ndarray  # [n]
@@ -92,6 +94,8 @@ def rows(table: pa.Table) -> Rows:
         loss=np.maximum(column(table, "label_loss"), 0.0),  # rounding makes tiny negative KL
         worst=column(table, "label_worst"),
         flip=column(table, "label_flip"),
+        halves=halves(table["label_kl"].to_pylist()),
+        right=column(table, "label_right").astype(np.float64),
         step_ms=np.maximum(column(table, "step_ms"), 1e-3),
         device_bytes=column(table, "device_bytes"),
         host_bytes=column(table, "host_bytes"),
@@ -118,6 +122,11 @@ def by_plan(rows: Rows) -> Rows:
     means = {name: np.bincount(group, weight * getattr(rows, name)) / total for name in averaged}
     worst = np.maximum.reduceat(rows.worst, np.flatnonzero(new))
     return dataclasses.replace(rows.where(new), worst=worst, **means)
+
+
+def halves(losses: Sequence[Sequence[float] | None]) -> np.ndarray:
+    """Mean over the even and over the odd tokens of each row's losses: [n, 2], NaN where there are none."""
+    return np.array([[np.mean(kl[i::2]) if kl and len(kl) > 1 else np.nan for i in (0, 1)] for kl in losses])
 
 
 def column(table: pa.Table, name: str) -> np.ndarray:

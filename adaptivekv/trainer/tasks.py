@@ -71,14 +71,19 @@ class Task:
 
     def score(self, text: str) -> float:
         """Share of the answers found in `text` as whole strings, whatever their case: 0 to 1."""
-        found = [re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text, re.IGNORECASE) is not None for a in self.answers]
-        return sum(found) / len(found)
+        return score(self.answers, text)
 
     def ids(self, tokenizer: Any) -> tuple[list[int], list[int]]:
         """Token ids of the document and of what follows it (question, assistant's turn); their sum is the prompt."""
         whole, other = (_encode(tokenizer, f"{self.context}\n\n{rest}") for rest in (self.question, "~"))
         cut = next((i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), len(other))
         return whole[:cut], whole[cut:]
+
+
+def score(answers: Sequence[str], text: str) -> float:
+    """Task.score of a task with these answers."""
+    found = [re.search(rf"(?<!\w){re.escape(a)}(?!\w)", text, re.IGNORECASE) is not None for a in answers]
+    return sum(found) / len(found)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -14,12 +14,10 @@ from adaptivekv.selector import LOSS_FLOOR, MAX_LEAVES, Prediction, TreeSelector
 from adaptivekv.trainer import dataset, export, scoring, tracking
 from adaptivekv.trainer.dataset import Rows
 
-TREES, REST = 30, 40
+PLAN_TREES, REST_TREES, ERROR_TREES, TIME_TREES = 20, 60, 10, 15
 QUANTILE = 0.9
+LEAST = 60  # rows of which a quantile is taken: plans with fewer share one
 FOLDS = 5
-# More kept, more bits, more read: never more loss; more lost by the probe: never less. Holds the trees to what is known
-# where rows are few.
-LOWERS_LOSS = ("keep", "k_bits", "v_bits", "read_share")
 
 
 def train(
@@ -72,7 +70,7 @@ def train(
         say("drawing and logging")
         params = {
             "seed": seed,
-            "trees": TREES,
+            "trees": PLAN_TREES + REST_TREES + ERROR_TREES + TIME_TREES,
             "leaves": MAX_LEAVES,
             "quantile": QUANTILE,
             "rows": len(parts["train"]),
@@ -111,41 +109,31 @@ def fit(rows: Rows, seed: int) -> export.Models:
 
     The loss of a plan is first learned from the plan alone, quickly; from the request then slowly what is left. All at
     once, few requests say little of plans: they differ more than requests do. The high loss adds a quantile of the
-    error. A quantile model of the loss itself starts above nearly all rows, where they pull alike, and hardly learns
-    which plans are good.
+    error, a plan's own: of the state a quantile learns nothing, there are too few rows beyond it.
     """
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.model_selection import GroupKFold
 
-    def model(x: np.ndarray, y: np.ndarray, falls: Sequence[str] = (), **more: Any) -> Any:
-        """Predicts y [n] from x [n, INPUTS] and never rises with the plan features in `falls`; if there are any, never
-        falls with what the probe says."""
-        least = max(2, min(20, len(x) // 20))
-        settings: dict[str, Any] = {
-            "max_iter": TREES, "min_samples_leaf": least, "learning_rate": 0.2, "max_features": 0.8
-        }  # fmt: skip
+    def model(x: np.ndarray, y: np.ndarray, **settings: Any) -> Any:
+        """Predicts y [n] from x [n, INPUTS]."""
         x = np.where(np.isnan(x).all(axis=0), 0.0, x)  # scikit-learn cannot bin a column without any value
-        return HistGradientBoostingRegressor(
-            **(settings | more),
-            max_leaf_nodes=MAX_LEAVES,
-            monotonic_cst=[0] * len(schema.NAMES)
-            + [-(name in falls) for name in schema.PLAN_NAMES]
-            + [int(bool(falls))] * len(schema.JOINT),
-            early_stopping=False,
-            random_state=seed,
-        ).fit(x, y)
+        same = {"max_leaf_nodes": MAX_LEAVES, "early_stopping": False, "random_state": seed}
+        least = {"min_samples_leaf": max(2, min(20, len(x) // 20))}
+        return HistGradientBoostingRegressor(**(same | least | settings)).fit(x, y)
+
+    def alone(x: np.ndarray) -> np.ndarray:
+        """The same rows with the plan's own features only."""
+        x = x.copy()
+        x[:, : len(schema.NAMES)] = x[:, -len(schema.JOINT) :] = 0.0
+        return x
 
     def loss_models(x: np.ndarray, y: np.ndarray) -> list[Any]:
-        alone = x.copy()
-        alone[:, : len(schema.NAMES)] = alone[:, -len(schema.JOINT) :] = 0.0
-        plan = model(alone, y, LOWERS_LOSS, learning_rate=0.5, max_iter=TREES // 3, max_features=1.0)
-        return [
-            plan,
-            model(x, y - plan.predict(alone), LOWERS_LOSS, learning_rate=0.15, max_iter=REST, max_features=0.4),
-        ]
+        plan = model(alone(x), y, learning_rate=0.5, max_iter=PLAN_TREES)
+        left = y - plan.predict(alone(x))
+        return [plan, model(x, left, learning_rate=0.12, max_iter=REST_TREES, max_features=0.4)]
 
     x, lossy = inputs(rows), ~is_lossless(rows.plan_features)
-    time_model = model(x, np.log10(rows.step_ms))
+    time_model = model(x, np.log10(rows.step_ms), learning_rate=0.2, max_iter=TIME_TREES, max_features=0.8)
     x, y, request = x[lossy], np.log10(rows.loss + LOSS_FLOOR)[lossy], rows.request[lossy]
     folds = min(FOLDS, len(set(request)))
     if folds < 2:
@@ -154,12 +142,9 @@ def fit(rows: Rows, seed: int) -> export.Models:
     for seen, unseen in GroupKFold(folds).split(x, y, request):
         error[unseen] = y[unseen] - export.total(loss_models(x[seen], y[seen]), x[unseen])
     losses = loss_models(x, y)
-    coarse: dict[str, Any] = {
-        "max_iter": TREES // 3,
-        "min_samples_leaf": max(2, len(x) // 5),
-    }  # a quantile of few rows is a bad one
-    error_model = model(x, error, loss="quantile", quantile=QUANTILE, **coarse)
-    return [losses, [error_model], [time_model]]
+    quantile: dict[str, Any] = {"loss": "quantile", "quantile": QUANTILE, "min_samples_leaf": LEAST}
+    high = model(alone(x), error, learning_rate=0.5, max_iter=ERROR_TREES, **quantile)
+    return [losses, [high], [time_model]]
 
 
 def predict_rows(policy: TreeSelector, rows: Rows) -> Prediction:

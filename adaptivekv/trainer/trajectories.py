@@ -52,12 +52,15 @@ SCHEMA = pa.schema(
         ("label_loss", pa.float64()),  # mean nats per token, null = not labelled
         ("label_worst", pa.float64()),
         ("label_flip", pa.float64()),
+        ("label_kl", pa.list_(pa.float32())),  # nats of each token, whose mean is label_loss
+        ("label_right", pa.float64()),  # share of the expected answers in its own answer, null = not known
         ("label_kind", pa.string()),  # "replay" (offline reference), "online" (sample) or null
         ("label_prob", pa.float64()),  # chance that the label was taken
     ],
-    metadata={"adaptivekv.trajectories": "2"},
+    metadata={"adaptivekv.trajectories": "3"},
 )
-OPTIONAL = {"device_room", "host_room", "shadow", "label_loss", "label_worst", "label_flip", "label_kind", "label_prob"}
+LABELS = {"label_loss", "label_worst", "label_flip", "label_kl", "label_right", "label_kind", "label_prob"}
+OPTIONAL = {"device_room", "host_room", "shadow"} | LABELS
 REQUIRED = set(SCHEMA.names) - OPTIONAL
 
 

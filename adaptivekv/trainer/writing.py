@@ -61,6 +61,7 @@ class Prompt:
     ids: list[int]  # of the first turn, up to where the model answers
     text: str  # of the first turn, as features see it
     follow: list[list[int]]  # for each later turn, what to feed after an answer that has not ended itself
+    answers: tuple[str, ...] = ()  # what a right first answer contains; empty: not known
 
 
 def write(request: Request, tokenizer: Any) -> Prompt:
@@ -74,9 +75,9 @@ def write(request: Request, tokenizer: Any) -> Prompt:
     if request.kind in CONTINUED and request.turns == 1:
         text = passage(sources.text(request.document), request.tokens, tokenizer, rng)
         return Prompt(tokenizer(text, verbose=False).input_ids[: request.tokens], text, [])
-    messages, later = _chat(request, tokenizer, rng)
+    messages, later, answers = _chat(request, tokenizer, rng)
     follow = [following(question, tokenizer) for question in islice(cycle(later), request.turns - 1)]
-    return Prompt(opening(messages, tokenizer), "\n\n".join(messages), follow)
+    return Prompt(opening(messages, tokenizer), "\n\n".join(messages), follow, answers)
 
 
 def opening(messages: list[str], tokenizer: Any) -> list[int]:
@@ -102,20 +103,20 @@ def following(question: str, tokenizer: Any) -> list[int]:
     return tokenizer(after, add_special_tokens=False).input_ids
 
 
-def _chat(request: Request, tokenizer: Any, rng: np.random.Generator) -> tuple[list[str], list[str]]:
-    """Messages up to the first question, and the questions of later turns."""
+def _chat(request: Request, tokenizer: Any, rng: np.random.Generator) -> tuple[list[str], list[str], tuple[str, ...]]:
+    """Messages up to the first question, the questions of later turns, and the first answer's parts where known."""
     if request.kind in TASKS:
         name = "niah_multikey" if request.kind == "needle" and request.turns > 1 else TASKS[request.kind]
         task = tasks.make(name, request.tokens, tokenizer, request.seed, sources.text(request.document))
-        return [f"{task.context}\n\n{task.question}"], [*task.later, task.question]
+        return [f"{task.context}\n\n{task.question}"], [*task.later, task.question], task.answers
     if request.kind in records.RECORDS:
-        return _records(request, tokenizer, rng)
+        return *_records(request, tokenizer, rng), ()
     edit = request.kind == "edit"
     title, *asked = ("Here is a part of a Python module.", EDITS[0]) if edit else ASKED[request.kind]
     room = request.tokens - len(opening([f"{title}\n\n{max(asked, key=len)}\n\n"], tokenizer))
     text = passage(sources.text(request.document), max(room, 1), tokenizer, rng, r"^ *def " if edit else "^")
     questions = _edits(text, rng) if edit else [asked[int(i)] for i in rng.permutation(len(asked))]
-    return [f"{title}\n\n{text}\n\n{questions[0]}"], [*questions[1:], questions[0]]
+    return [f"{title}\n\n{text}\n\n{questions[0]}"], [*questions[1:], questions[0]], ()
 
 
 def _records(request: Request, tokenizer: Any, rng: np.random.Generator) -> tuple[list[str], list[str]]:
