@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models import (
@@ -57,7 +59,9 @@ MIXED = {
         num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
     ),
     "lfm2": lfm2.Lfm2Config(**FOUR, layer_types=["conv", "full_attention"] * 2),
-    "nemotron-h": nemotron_h.NemotronHConfig(  # a layer that is only an MLP has a cache layer too, an empty one
+    # A layer that is only an MLP has a cache layer too, an empty one. Made when asked for: older transformers name such
+    # layers otherwise, and every GPU test needs this module.
+    "nemotron-h": lambda: nemotron_h.NemotronHConfig(
         **FOUR, head_dim=16, layer_types=["mamba", "attention", "mlp", "attention"], mamba_num_heads=4,
         mamba_head_dim=32, ssm_state_size=8, n_groups=1,
     ),
@@ -90,7 +94,10 @@ REFUSED = {
 def tiny(name: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A fresh model on the CPU in float32, weights large enough for attention to be far from uniform."""
     set_seed(seed)
-    model = AutoModelForCausalLM.from_config((CONFIGS | MIXED | REFUSED)[name], attn_implementation="eager").eval()
+    config: Any = (CONFIGS | MIXED | REFUSED)[name]
+    model = AutoModelForCausalLM.from_config(
+        config() if callable(config) else config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.dim() == 2:
