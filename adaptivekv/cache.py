@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from adaptivekv import attention as attention_room
 from adaptivekv.attention import Staged, attend_sequence
-from adaptivekv.controller import DEFAULT_QUALITY, Controller, Request, report
+from adaptivekv.controller import DEFAULT_QUALITY, Controller
+from adaptivekv.decisions import Request, report
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.kernels.codec import PAGE

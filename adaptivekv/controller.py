@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
+from adaptivekv.decisions import Decision, Request
 from adaptivekv.errors import AdaptiveKVError, BudgetError
 from adaptivekv.features import schema
 from adaptivekv.features.attention import attention_features
@@ -18,9 +17,8 @@ from adaptivekv.features.probe import probe_features
 from adaptivekv.features.request import logit_features, request_features
 from adaptivekv.features.system import system_features
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
-from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import DEVICE, DISK, HOST
+from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector
@@ -37,44 +35,6 @@ KAPPA = 0.1  # price of a host byte-second against a device byte-second
 DEFAULT_QUALITY = 0.03  # nats per token
 STAY = 0.9  # a switch must cut the cost below this share, or the plan stays
 log = logging.getLogger("adaptivekv")
-
-
-@dataclass
-class Decision:
-    """One decision as it is reported and logged; `probs`, over `plans`, is after mask and hysteresis."""
-
-    step: int
-    moment: str  # "admission", "prefill", "epoch" or "pressure"
-    plan: str
-    reason: str
-    selector: str
-    features: dict[str, float] = field(default_factory=dict)
-    plans: list[str] = field(default_factory=list)
-    allowed: list[bool] = field(default_factory=list)
-    probs: list[float] = field(default_factory=list)
-    pressure: bool = False
-    room: tuple[int, int] | None = None  # device (without staging) and host bytes it might use; None: no choice
-    shadow: str | None = None  # the plan that the challenger would have chosen
-
-
-@dataclass
-class Request:
-    """What the controller knows of one request: its cache, its limits, its plan and how it came to it."""
-
-    sequence: Sequence
-    prompt: int  # tokens
-    new: int  # max_new_tokens
-    budget: int | None  # device bytes for this request; None: no limit asked
-    full: int  # bytes of the full 16-bit cache of prompt + new
-    plan: Plan = field(default_factory=Plan)
-    prefilling: bool = True
-    generated: int = 0
-    turn: int = 0
-    facts: dict[str, float] = field(default_factory=dict)  # text and logit features, from whoever sees them
-    logits: torch.Tensor | None = None  # the last ones [V], read only when a decision is due: that waits for the GPU
-    decisions: list[Decision] = field(default_factory=list)
-    kept: float = 1.0  # the smallest share an eviction stage has left
-    evictor: str = ""  # the stage that left it
 
 
 class Controller:
@@ -352,30 +312,3 @@ class Controller:
             request.decisions.append(
                 Decision(request.generated, "pressure", str(request.plan), what, self.name, pressure=True)
             )
-
-
-def report(controller: Controller, requests: list[Request], pool: PagePool | None) -> dict[str, Any]:
-    """What happened, in numbers and words: plan and reason per decision, bytes per tier, cost of deciding."""
-    out: dict[str, Any] = {"selector": controller.name, "quality": controller.quality, "requests": []}
-    out["controller_us_per_step"] = round(1e6 * controller.seconds / max(1, controller.steps), 1)
-    for request in requests:
-        sequence = request.sequence
-        out["requests"].append(
-            {
-                "plan": str(request.plan),
-                "tokens": sequence.length,
-                "held": round(sequence.held(), 4),
-                "device_bytes": sequence.bytes(DEVICE),
-                "host_bytes": sequence.bytes(HOST),
-                "disk_bytes": sequence.bytes(DISK),
-                "decisions": [
-                    {"step": d.step, "moment": d.moment, "plan": d.plan, "reason": d.reason, "selector": d.selector}
-                    for d in request.decisions
-                ],
-            }
-        )
-    if pool:
-        out["device_peak"] = pool.arena(DEVICE).peak + pool.staging_bytes
-        out["device_bytes"] = pool.device_used + pool.staging_bytes
-        out["host_bytes"], out["disk_bytes"], out["moved_bytes"] = pool.host_used, pool.disk_used, pool.moved_bytes
-    return out

@@ -6,7 +6,8 @@ import torch
 from models import tiny
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
-from adaptivekv.controller import Controller, Request
+from adaptivekv.controller import Controller
+from adaptivekv.decisions import Request
 from adaptivekv.kernels import attend_dense, page_attention
 from adaptivekv.memory import store
 from adaptivekv.memory.arena import ArenaFull

@@ -11,6 +11,7 @@ from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan, graph
 from adaptivekv.controller import Controller
 from adaptivekv.graph import GraphDecoder
 from adaptivekv.kernels import page_attention
+from adaptivekv.memory.compact import blocks
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DEVICE, DISK, HOST, LayerShape
@@ -125,7 +126,7 @@ def test_a_page_without_a_place_is_in_no_arena():
     pool, page = sequence.pool, sequence.ids[0][0, 3:4]
     pool.vacate(page)
     for tier in (DEVICE, HOST, DISK):
-        _, _, part, owner = pool.blocks(tier)
+        _, _, part, owner = blocks(pool, tier)
         assert not (owner[part < 2] == page).any()
 
 

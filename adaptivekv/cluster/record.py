@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adaptivekv.cache import AdaptiveCache
-from adaptivekv.controller import Decision
+from adaptivekv.decisions import Decision
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 from adaptivekv.plan import Plan

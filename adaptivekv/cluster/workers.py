@@ -14,7 +14,7 @@ import torch
 
 from adaptivekv import model
 from adaptivekv.controller import Controller
-from adaptivekv.controller import Request as CacheRequest
+from adaptivekv.decisions import Request as CacheRequest
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 from adaptivekv.features.probe import probe_features

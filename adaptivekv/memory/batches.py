@@ -9,6 +9,7 @@ import torch
 
 from adaptivekv.kernels import PageBatch
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory import checksums
 from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.shapes import DEVICE, TIERS
 
@@ -33,7 +34,7 @@ def page_batches(sequence: Sequence, layer: int, pick: np.ndarray) -> list[tuple
         fmt, tier, split = BY_CODE[value // 2 // len(TIERS)], int(value // 2 % len(TIERS)), bool(value % 2)
         if tier != DEVICE:
             pool.settle()
-            pool.verify(ids[mask])
+            checksums.verify(pool, ids[mask])
         arena, v_arena = pool.arena(DEVICE if split else tier).data, pool.arena(tier).data
         count = np.where(here, pool.count[page], 0).astype(np.int32)
         k_off, v_off = (np.where(here, off[page], 0) for off in (pool.k_off, pool.v_off))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from adaptivekv.kernels import pageops
+from adaptivekv.memory import checksums
 from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.bases import clean, project
 from adaptivekv.memory.formats import Format
@@ -21,7 +22,7 @@ def convert(pool: PagePool, ids: np.ndarray, fmt: Format) -> np.ndarray:
     Of pages that become low-rank ones, `pool.basis` says in which bases.
     Raises ArenaFull if there is no room for copies of the shared ones; the others are converted by then.
     """
-    pool.verify(ids)
+    checksums.verify(pool, ids)
     old, shared = pool.kind(ids[0]), pool.ref[ids] > 1
     new, own = replace(old, fmt=fmt), ids[~shared]
     # Beside each other while both fit, else through the staging allowance: a demotion fits the room it leaves.
@@ -47,7 +48,7 @@ def convert(pool: PagePool, ids: np.ndarray, fmt: Format) -> np.ndarray:
             off = pool.room_for(new, len(wave))
             unstage(pool, new, off, *copies)
         pool.place(wave, new, off)
-        pool.sign(wave)
+        checksums.sign(pool, wave)
     if not shared.any():
         return ids
     mine, out = ids[shared], ids.copy()
@@ -55,7 +56,7 @@ def convert(pool: PagePool, ids: np.ndarray, fmt: Format) -> np.ndarray:
     pool.set_pos(fresh, pool.pos[mine])
     pool.basis[fresh] = pool.basis[mine]
     _recode(pool, mine, old, new, [pool.k_off[fresh], pool.v_off[fresh]])
-    pool.sign(fresh)
+    checksums.sign(pool, fresh)
     pool.release(mine)
     return out
 
@@ -107,7 +108,7 @@ def unstage(pool: PagePool, kind: Kind, off: list[np.ndarray], packed: list[np.n
 
 def copy(pool: PagePool, ids: np.ndarray) -> np.ndarray:
     """Copies of pages of one kind, beside them. Returns their ids."""
-    pool.verify(ids)
+    checksums.verify(pool, ids)
     kind = pool.kind(ids[0])
     fresh = pool.claim(pool.layer[ids], kind, pool.count[ids])
     pool.set_pos(fresh, pool.pos[ids])
@@ -116,7 +117,7 @@ def copy(pool: PagePool, ids: np.ndarray) -> np.ndarray:
     for i, size in enumerate(kind.sizes):
         data = pool.arena(kind.tiers[i]).data
         pageops.copy_parts(data, data, tables[i], tables[i + 2], size)
-    pool.sign(fresh)
+    checksums.sign(pool, fresh)
     return fresh
 
 
@@ -127,7 +128,7 @@ def move(pool: PagePool, ids: np.ndarray, tier: int, split: bool = False) -> Non
     """
     split = split and tier == HOST
     ids = ids[(pool.tier[ids] != tier) | (pool.split[ids] != split)]
-    pool.verify(ids)
+    checksums.verify(pool, ids)
     for at in pool.kinds(ids):
         group, old = ids[at], pool.kind(ids[at][0])
         new = replace(old, tier=tier, split=split)
@@ -140,7 +141,7 @@ def move(pool: PagePool, ids: np.ndarray, tier: int, split: bool = False) -> Non
             pool.arena(old.tiers[i]).free(off[i], old.sizes[i])
             off[i] = after
         pool.place(group, new, off)
-        pool.sign(group)
+        checksums.sign(pool, group)
 
 
 def _transfer(pool: PagePool, before: np.ndarray, after: np.ndarray, size: int, old: int, new: int) -> None:

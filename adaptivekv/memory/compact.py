@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from adaptivekv.kernels import pageops
+from adaptivekv.memory.bounds import bounds_bytes
+from adaptivekv.memory.shapes import DEVICE
 
 if TYPE_CHECKING:
     from adaptivekv.memory.pages import PagePool
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 def compact(pool: PagePool, tier: int) -> None:
     """Slide pages and bases down around the fixed regions until the free room is in few extents."""
     arena = pool.arena(tier)
-    off, size, part, owner = pool.blocks(tier)
-    fixed = np.array(sorted(pool.regions.items()) if tier == 0 else [], np.int64).reshape(-1, 2)
+    off, size, part, owner = blocks(pool, tier)
+    fixed = np.array(sorted(pool.regions.items()) if tier == DEVICE else [], np.int64).reshape(-1, 2)
     new = _slide(size, fixed, arena.capacity)
     moved = np.flatnonzero(new != off)
     data, step = arena.data, max(1, pool.staging_bytes)
@@ -49,6 +51,27 @@ def compact(pool: PagePool, tier: int) -> None:
     arena.starts, arena.ends = starts[starts < ends], ends[starts < ends]
     for sequence in pool.sequences:
         sequence.touch()
+
+
+def blocks(pool: PagePool, tier: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every block on a tier that can move, by address: offsets, bytes, what it is, whose; [n] each.
+
+    0 to 2 are keys, values and bounds of a page; 3 is a layer of bases, number of the bases x layers + layer.
+    """
+    keys = np.flatnonzero((pool.ref > 0) & (np.where(pool.split, DEVICE, pool.tier) == tier))
+    values = np.flatnonzero((pool.ref > 0) & (pool.tier == tier))
+    bound = np.flatnonzero((pool.ref > 0) & (pool.b_off >= 0)) if tier == DEVICE else keys[:0]
+    k_size = pool.k_bytes[pool.layer[keys], pool.code[keys]]
+    v_size = pool.v_bytes[pool.layer[values], pool.code[values]]
+    bounds_size = np.array([bounds_bytes(pool, layer) for layer in range(len(pool.layers))])
+    owned = list(pool.bases.values()) if tier == DEVICE else []
+    whose = [one.number * len(pool.layers) + np.arange(len(pool.layers)) for one in owned]
+    off = np.concatenate([pool.k_off[keys], pool.v_off[values], pool.b_off[bound], *(x.offsets for x in owned)])
+    size = [k_size, v_size, bounds_size[pool.layer[bound]], *(x.sizes for x in owned)]
+    part = np.repeat([0, 1, 2, 3], [len(keys), len(values), len(bound), len(owned) * len(pool.layers)])
+    order = np.argsort(off)
+    owner = np.concatenate([keys, values, bound, *whose])
+    return off[order], np.concatenate(size)[order], part[order], owner[order]
 
 
 def _slide(size: np.ndarray, fixed: np.ndarray, capacity: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 
 from adaptivekv.kernels import CODECS, pageops
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory import checksums
 from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.change import staged, unstage
 from adaptivekv.memory.pages import PagePool
@@ -113,7 +114,7 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
     beside: the new pages get room before the old ones lose theirs; else they wait in a temporary copy.
     """
     some = np.flatnonzero(bits)
-    pool.verify(pages[some])
+    checksums.verify(pool, pages[some])
     streams = [_stream(pool, rows[some[at]], pages[some[at]], bits[some[at]]) for at in pool.kinds(pages[some])]
     if beside:
         _claim(pool, streams)
@@ -121,7 +122,7 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
             k, v = (pool.arena(tier).data for tier in s.kind.tiers)
             off = pool.k_off[s.ids], pool.v_off[s.ids], s.ids * _POS_BYTES
             _pack(pool, s, off, (k, v, _pos(pool)))
-            pool.sign(s.ids)
+            checksums.sign(pool, s.ids)
         pool.release(pages)
         return streams
     own = pages[pool.ref[pages] == 1]
@@ -139,7 +140,7 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
     _claim(pool, streams)
     for s, (before, buffer, pos) in zip(streams, copies, strict=True):
         unstage(pool, s.kind, [pool.k_off[s.ids], pool.v_off[s.ids]], before, buffer)
-        pool.sign(s.ids)
+        checksums.sign(pool, s.ids)
         pool.pos[s.ids] = pos.view(torch.int32).view(-1, PAGE).cpu().numpy()
     return streams
 

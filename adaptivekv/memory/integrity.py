@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory import checksums
+from adaptivekv.memory.compact import blocks
 from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.shapes import DEVICE, HOST
 
@@ -29,14 +31,14 @@ def check_pool(pool: PagePool) -> None:
     assert (refs == pool.ref).all(), "reference counts differ from references"
     assert set(pool.free_ids.tolist()) == set(np.flatnonzero(pool.ref == 0).tolist()), "page ids leaked"
     assert (pool.tier[(pool.ref > 0) & pool.split] == HOST).all(), "a split page that is not on the host"
-    pool.verify(np.flatnonzero(pool.ref > 0))
+    checksums.verify(pool, np.flatnonzero(pool.ref > 0))
     users = [sequence.bases for sequence in pool.sequences if sequence.bases]
     assert all(users.count(bases) == bases.users for bases in pool.bases.values()), "bases leaked"
     for tier, arena in enumerate(pool.arenas):
         if arena is None:
             continue
         arena.check_integrity()
-        off, size, *_ = pool.blocks(tier)
+        off, size, *_ = blocks(pool, tier)
         if tier == DEVICE:  # where tails and rings lie
             off = np.concatenate([off, np.array(list(pool.regions), np.int64)])
             size = np.concatenate([size, np.array(list(pool.regions.values()), np.int64)])

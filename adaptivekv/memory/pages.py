@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from adaptivekv.errors import BudgetError, CacheFileError
+from adaptivekv.errors import BudgetError
 from adaptivekv.kernels import hadamard, pageops
 from adaptivekv.kernels.codec import PAGE, UNIT, Codec
-from adaptivekv.memory import bases, integrity
+from adaptivekv.memory import bases, checksums, integrity
 from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.compact import compact
@@ -297,7 +296,7 @@ class PagePool:
             self.settle()
         for off, part in zip((self.k_off, self.v_off), raw, strict=True):
             pageops.store(self.arena(tier).data, torch.from_numpy(off[ids]), part)
-        self.sign(ids)
+        checksums.sign(self, ids)
         return ids
 
     def raw(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,7 +307,7 @@ class PagePool:
         kind, off = self.kind(ids[0]), (self.k_off, self.v_off)[part]
         if kind.tiers[part] != DEVICE:
             self.settle()
-            self.verify(ids)
+            checksums.verify(self, ids)
         return pageops.fetch(self.arena(kind.tiers[part]).data, torch.from_numpy(off[ids]), kind.sizes[part])
 
     def read(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -358,53 +357,6 @@ class PagePool:
             self.settle()
         joined = torch.from_numpy(np.concatenate(arrays, dtype=np.int64)).to("cpu" if tier == DISK else self.device)
         return list(joined.split([len(a) for a in arrays]))
-
-    # -- checksums of what lies on disk ------------------------------------------------------------------------------
-
-    def sign(self, ids: np.ndarray) -> None:
-        """Note the checksums of those pages that lie on disk, now that they are written."""
-        if self.disk_capacity:
-            stored = ids[self.tier[ids] == DISK]
-            self.crc[stored] = self._checksums(stored)
-
-    def verify(self, ids: np.ndarray) -> None:
-        """Raise CacheFileError unless those pages that lie on disk are as they were written."""
-        if not self.disk_capacity:
-            return
-        stored = ids[self.tier[ids] == DISK]
-        if (self.crc[stored] != self._checksums(stored)).any():
-            raise CacheFileError("disk tier: a page is damaged; clear the cache and read the prompt again")
-
-    def _checksums(self, ids: np.ndarray) -> list[int]:
-        if not len(ids):
-            return []
-        self.settle()
-        data, at = self.arena(DISK).data.numpy().data, (self.layer[ids], self.code[ids])
-        columns = self.k_off[ids], self.v_off[ids], self.k_bytes[at], self.v_bytes[at]
-        blocks = zip(*(column.tolist() for column in columns), strict=True)
-        return [zlib.crc32(data[v : v + m], zlib.crc32(data[k : k + n])) for k, v, n, m in blocks]
-
-    # -- all there is ------------------------------------------------------------------------------------------------
-
-    def blocks(self, tier: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Every block on a tier that can move, by address: offsets, bytes, what it is, whose; [n] each.
-
-        0 to 2 are keys, values and bounds of a page; 3 is a layer of bases, number of the bases x layers + layer.
-        """
-        keys = np.flatnonzero((self.ref > 0) & (np.where(self.split, DEVICE, self.tier) == tier))
-        values = np.flatnonzero((self.ref > 0) & (self.tier == tier))
-        bound = np.flatnonzero((self.ref > 0) & (self.b_off >= 0)) if tier == DEVICE else keys[:0]
-        k_size = self.k_bytes[self.layer[keys], self.code[keys]]
-        v_size = self.v_bytes[self.layer[values], self.code[values]]
-        bounds_size = np.array([bounds_bytes(self, layer) for layer in range(len(self.layers))])
-        owned = list(self.bases.values()) if tier == DEVICE else []
-        whose = [one.number * len(self.layers) + np.arange(len(self.layers)) for one in owned]
-        off = np.concatenate([self.k_off[keys], self.v_off[values], self.b_off[bound], *(x.offsets for x in owned)])
-        size = [k_size, v_size, bounds_size[self.layer[bound]], *(x.sizes for x in owned)]
-        part = np.repeat([0, 1, 2, 3], [len(keys), len(values), len(bound), len(owned) * len(self.layers)])
-        order = np.argsort(off)
-        owner = np.concatenate([keys, values, bound, *whose])
-        return off[order], np.concatenate(size)[order], part[order], owner[order]
 
     def check_integrity(self) -> None:
         """Assert the invariants (integrity.py)."""

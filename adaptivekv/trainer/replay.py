@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from adaptivekv.cache import AdaptiveCache
-from adaptivekv.controller import CANDIDATES, Controller, Decision
+from adaptivekv.controller import CANDIDATES, Controller
+from adaptivekv.decisions import Decision
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features.request import text_features
 from adaptivekv.kernels.codec import PAGE
