@@ -1,10 +1,11 @@
 """Decode attention over a `PageTable` in Triton, and the plain-torch reference of the same signature.
 
-One program takes one item: a run of pages of one KV head in one format, all query rows of the head packed into one
-`tl.dot`. Packed levels are unpacked into slices of the head dimension, one product each; scales and zeros never touch
-the elements: keys' are applied to the scores, values' to the probabilities. A second kernel merges a row's parts and
-turns the log-sum-exp of its pages into the attention each received. Shapes alone decide the grids and nothing
-synchronises, so the launches can be captured in a CUDA graph while the table's contents change between replays.
+One program takes one share of the work: items, each a run of pages of one KV head in one format, all query rows of the
+head packed into one `tl.dot`. Packed levels are unpacked into slices of the head dimension, one product each; scales
+and zeros never touch the elements: keys' are applied to the scores, values' to the probabilities. A second kernel
+merges a row's parts and turns the log-sum-exp of its pages into the attention each received. Shapes alone decide the
+grids and nothing synchronises, so the launches can be captured in a CUDA graph while the table's contents change
+between replays.
 
 Under TRITON_INTERPRET=1 (set before this module is imported) the kernels run on CPU tensors.
 """
@@ -31,7 +32,7 @@ from adaptivekv.kernels.table import ROTATED, Launch, PageTable, Work, plan_work
 __all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "processors", "select_pages"]
 
 ROWS = 16
-"""Most query rows per KV head; fewer are padded to it, the smallest tile of a tensor-core product."""
+"""Most query rows per KV head; up to 8 are padded to 8 columns of a tensor-core product, more to 16."""
 
 _REGISTERS = 16384  # 32-bit registers of a multiprocessor's quarter, from Volta to Blackwell; a warp stays in one
 _MERGED = 32768  # elements of parts that a program of the merge holds in registers at once

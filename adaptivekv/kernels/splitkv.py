@@ -248,11 +248,12 @@ def _claim(claim_ptr, processors, GROUPS: tl.constexpr, INTERPRET: tl.constexpr)
             "mov.u32 $0, %smid; // $1", "=r,r", [SIZE], dtype=tl.int32, is_pure=False, pack=1
         )
     group = tl.minimum(here * GROUPS // processors, GROUPS - 1)
-    claimed = tl.atomic_add(claim_ptr + GROUPS, 1, sem="relaxed")
     share = tl.atomic_add(claim_ptr + group, 1, sem="relaxed")
     while share >= SIZE:
         group = (group + 1) % GROUPS
         share = tl.atomic_add(claim_ptr + group, 1, sem="relaxed")
+    # Counted when it has its share, not before: the last one to be counted clears the groups that all others took from.
+    claimed = tl.atomic_add(claim_ptr + GROUPS, 1, sem="relaxed")
     return group * SIZE + share, claimed
 
 

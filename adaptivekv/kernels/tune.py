@@ -1,6 +1,7 @@
 """How the split kernel is compiled on this device: measured once per kind of model and kept.
 
-Key: device, Triton, head sizes, query rows, storage dtype, codecs. ADAPTIVEKV_TUNE=0: the default, unmeasured.
+Key: device, Triton, head sizes, query rows, storage dtype, codecs, the kernel's source. ADAPTIVEKV_TUNE=0: the default,
+unmeasured.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
 import triton
 import triton.testing
 
+from adaptivekv.kernels import splitkv
 from adaptivekv.kernels.codec import PAGE, Codec
 from adaptivekv.kernels.decode import attend_table, even_work, occupancy
 from adaptivekv.kernels.table import Launch, PageTable
@@ -25,6 +28,9 @@ from adaptivekv.paths import cache_root
 CANDIDATES = (Launch(1, 3, 2, 1), Launch(1, 5, 2, 2), Launch(2, 3, 2, 1), Launch(4, 3, 1, 1))
 """One warp a program first: no barriers, and the most programs at once."""
 _BYTES = 192 << 20  # of pages to measure on: more than any L2 holds
+_SOURCE = (
+    f"{crc32(Path(splitkv.__file__).read_bytes()):08x}"  # a launch is good for the kernel that it was measured with
+)
 
 
 @lru_cache
@@ -36,7 +42,7 @@ def launch_for(
         return Launch()
     names = "+".join(f"{k.name}/{v.name}" for k, v in pairs)
     name = torch.cuda.get_device_name(device)
-    key = f"{name}, triton {triton.__version__}, {k_dim}x{v_dim}, {rows} rows, {dtype}, {names}"
+    key = f"{name}, triton {triton.__version__}, {k_dim}x{v_dim}, {rows} rows, {dtype}, {names}, {_SOURCE}"
     file = cache_root() / "launches.json"
     if launch := _known(file).get(key):
         return launch
