@@ -18,7 +18,7 @@ from adaptivekv.features.request import logit_features, request_features
 from adaptivekv.features.system import system_features
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector
@@ -255,9 +255,13 @@ class Controller:
     def _sizes(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
         """Device and host bytes of every plan once the answer is written."""
         pool = request.sequence.pool
-        tokens = max(request.prompt, request.sequence.length) + max(0, request.new - request.generated)
-        sizes = [plan.estimate(pool.layers, pool.dtype, tokens) for plan in self.plans]
+        sizes = [plan.estimate(pool.layers, pool.dtype, self._tokens(request)) for plan in self.plans]
         return np.array([size["device"] for size in sizes]), np.array([size["host"] for size in sizes])
+
+    @staticmethod
+    def _tokens(request: Request) -> int:
+        """Of prompt and answer, once this is written."""
+        return max(request.prompt, request.sequence.length) + max(0, request.new - request.generated)
 
     def _room(self, request: Request) -> tuple[int, int]:
         """Device and host bytes this request may use, what it holds already included."""
@@ -273,7 +277,17 @@ class Controller:
         pool, sequence = request.sequence.pool, request.sequence
         codes = set().union(*(np.unique(pool.code[ids]).tolist() for ids in sequence.pages()))
         formats = {BY_CODE[code] for code in codes} - {FORMATS["native"]}
-        return np.array([self._can_become(request, plan, formats) for plan in self.plans])
+        return np.array(
+            [self._can_become(request, plan, formats) and self._disk_has_room(request, plan) for plan in self.plans]
+        )
+
+    def _disk_has_room(self, request: Request, plan: Plan) -> bool:
+        """Whether the disk holds what the plan would send there, what the request has there included."""
+        pool, offload = request.sequence.pool, plan.stage("offload")
+        if not (offload and offload.disk):
+            return True
+        need = plan.estimate(pool.layers, pool.dtype, self._tokens(request))["disk"]
+        return need <= pool.away_free(DISK) + request.sequence.bytes(DISK)
 
     @staticmethod
     def _can_become(request: Request, plan: Plan, formats: set[Format]) -> bool:
@@ -304,7 +318,10 @@ class Controller:
             change(request.sequence)
         except BudgetError:
             pool = request.sequence.pool
-            self.reserve([request], min(pool.column_bytes(FORMATS["native"]), pool.arena(DEVICE).capacity // 4))
+            need = min(pool.column_bytes(FORMATS["native"]), pool.arena(DEVICE).capacity // 4)
+            if request.sequence.bases is None:
+                need += request.plan.beside(pool.layers, pool.dtype)
+            self.reserve([request], need)
             change(request.sequence)
 
     def _record_pressure(self, request: Request, what: str) -> None:

@@ -99,6 +99,11 @@ class Plan:
             if stage.kind != "evict" or getattr(stage, "growing", False):
                 stage.apply(sequence)
 
+    def beside(self, layers: list[LayerShape], dtype: torch.dtype) -> int:
+        """Device bytes that its pages need beside them, however many they are: bases."""
+        quantize = self.stage("quantize")
+        return sum(quantize.beside(s, n, dtype) for s, n in Counter(layers).items()) if quantize else 0
+
     def estimate(self, layers: list[LayerShape], dtype: torch.dtype, tokens: int) -> dict[str, int]:
         """Bytes of a request of `tokens` prompt tokens right after its prefill.
 
@@ -120,15 +125,13 @@ class Plan:
             recent = -(-max(0, quantize.window - tail) // PAGE) + ragged if sealed else 0
             keep_native = min(pages, recent + (1 if quantize.sinks else 0))
         held: list[tuple[int, np.ndarray]] = []  # how many layers, and bytes of keys and values of one's columns
-        beside = 0
+        beside = self.beside(layers, dtype) if pages > keep_native else 0
         for shape, alike in Counter(layers).items():
             settled, kept = pages - keep_native, column(shape, native, dtype, keep_native)
             packed = [(alike, column(shape, native, dtype, settled))]
             if quantize:
                 packed = quantize.columns(shape, alike, dtype, settled)
             held += [(count, np.concatenate([kept, columns])) for count, columns in packed]
-            if quantize and settled:
-                beside += quantize.beside(shape, alike, dtype)
             if retrieve and retrieve.by == "bounds":
                 beside += -(-2 * shape.k_dim * dtype.itemsize // UNIT) * UNIT * pages * shape.heads * alike
         total = sum(count * int(columns.sum()) for count, columns in held)

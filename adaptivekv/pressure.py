@@ -66,9 +66,11 @@ def _spill(sequence: Sequence, plan: Plan, early: bool, need: int, tier: int) ->
         ahead = np.cumsum(column[order]) - column[order]
         leave = np.zeros(len(column), bool)
         leave[order[ahead < math.ceil(missing * column.sum() / held)]] = True
-        if total + int(column[leave].sum()) > pool.away_free(tier):
-            leave[:] = False
-        total += int(column[leave].sum())
+        ids = sequence.ids[layer]  # of a split page, what is on the host may have to move as well
+        takes = int(np.where(here & leave, pool.sizes(ids) - pool.sizes_on(ids, tier), 0).sum())
+        if total + takes > pool.away_free(tier):
+            leave[:], takes = False, 0
+        total += takes
         chosen.append(here & leave)
     sequence.move(chosen, tier)
 

@@ -328,6 +328,15 @@ def test_save_and_load_bit_for_bit(tmp_path):
     other = store.load(pool(disk_bytes=0), tmp_path / "cache")  # a pool without a disk takes its pages into memory
     same(content(other), content(sequence))
     assert other.bytes(DISK) == 0 and other.bytes(HOST) == sequence.bytes(HOST) + keys + sequence.bytes(DISK)
+    fixed = Sequence.fixed_bytes(SHAPES, torch.float32, 8) + 2048
+    for target in (pool(host_bytes=0), pool(host_bytes=30_000), pool(device_bytes=fixed)):  # or to the next lower tier
+        other = store.load(target, tmp_path / "cache")
+        same(content(other), content(sequence))
+        target.check_integrity()
+    with pytest.raises(ArenaFull):
+        store.load(target := pool(fixed, 30_000, 10_000), tmp_path / "cache")
+    target.check_integrity()
+    assert target.device_used == target.host_used == target.disk_used == 0
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing", "other shape"])
@@ -384,7 +393,9 @@ def test_a_full_disk_is_an_error_when_the_pool_is_made(monkeypatch):
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(BudgetError, match=r"disk tier: no .* MiB in .*No space left.*ADAPTIVEKV_CACHE"):
         pool()
-    assert pool(disk_bytes=0).away_free(DISK) == 0  # and none is made where none was asked for
+    p = pool(disk_bytes=0)  # and none is made where none was asked for
+    assert p.away_free(DISK) == p.arena(DISK).free_bytes == 0
+    p.check_integrity()
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from models import tiny
+from models import SMALL, llama, tiny
+from transformers import AutoModelForCausalLM
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
 from adaptivekv.controller import Controller
@@ -233,6 +234,38 @@ def content(sequence: Sequence, layer: int) -> list[torch.Tensor]:
 
 def bound_bytes(sequence: Sequence) -> int:
     return sum(ids.size * -(-2 * s.k_dim * 4 // 256) * 256 for ids, s in zip(sequence.ids, SHAPES, strict=True))
+
+
+def test_a_head_without_settled_pages_has_bases_of_what_it_holds():
+    """Evictions may leave a head its ends alone; what it settles later is stored in bases that fit it."""
+    sequence, _ = filled(640)
+    keep = [np.ones((*ids.shape, 64), bool) for ids in sequence.ids]
+    for mask in keep:
+        mask[0, 1:-1] = False
+    evict(sequence, keep)
+    pool = sequence.pool
+    Plan.parse("palu(0.5)").apply(sequence)
+    for layer, ids in enumerate(sequence.ids):
+        for basis, x in zip(sequence.bases.layer(layer), pool.read(ids[0][ids[0] >= 0]), strict=True):
+            x = x.flatten(0, 1)
+            best = torch.linalg.svdvals(x)[basis.shape[2] :].norm()  # what is lost in the best directions
+            lost = (x - x @ basis[0] @ basis[0].T).norm()
+            torch.testing.assert_close(lost, best, rtol=1e-3, atol=1e-5 * float(x.norm()))
+
+
+@torch.inference_mode()
+def test_room_is_made_for_bases_larger_than_a_column():
+    config = llama.LlamaConfig(**{**SMALL, "num_hidden_layers": 2}, head_dim=128)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    cache = AdaptiveCache(model, budget=2_000_000, plan="palu(0.875)")
+    cache.expect(1000, 50)
+    for piece in torch.randint(2, 160, (1, 1000)).split(cache.chunk, 1):
+        model(piece, position_ids=cache.seen + torch.arange(piece.shape[1])[None], past_key_values=cache)
+    cache.end_prefill()
+    report, (sequence,) = cache.report(), cache.sequences
+    assert sequence.bases.bytes() > sequence.pool.column_bytes(FORMATS["native"])
+    assert report["device_peak"] <= report["budget"] and report["host_bytes"] > 0
+    cache.pool.check_integrity()
 
 
 def test_without_room_for_bases_nothing_changes():

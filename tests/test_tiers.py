@@ -9,8 +9,10 @@ from models import tiny, twins
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan, graph
 from adaptivekv.controller import Controller
+from adaptivekv.errors import CacheFileError
 from adaptivekv.graph import GraphDecoder
 from adaptivekv.kernels import page_attention
+from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.compact import blocks
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
@@ -21,10 +23,10 @@ SHAPES = [LayerShape(2, 4, 16, 24)] * 6
 TIERED = ["offload(0.25, host=0.5)", "offload(0.5, host=0)", "offload(0.2, host=0.3, by=layers)", "offload(0.4)"]
 
 
-def filled(tokens: int, disk: int = 4 << 20, host: int = 4 << 20) -> Sequence:
-    pool = PagePool(SHAPES, torch.float32, "cpu", 4 << 20, host, 60_000, disk)
+def filled(tokens: int, disk: int = 4 << 20, host: int = 4 << 20, shapes=SHAPES) -> Sequence:
+    pool = PagePool(shapes, torch.float32, "cpu", 4 << 20, host, 60_000, disk)
     sequence, pos, gen = Sequence(pool), np.arange(tokens), torch.Generator().manual_seed(0)
-    for layer, s in enumerate(SHAPES):
+    for layer, s in enumerate(shapes):
         k, v = (torch.randn(s.heads, tokens, dim, generator=gen) for dim in (s.k_dim, s.v_dim))
         sequence.append(layer, k, v, pos)
     sequence.commit(pos)
@@ -231,6 +233,74 @@ def test_split_pages_give_way_under_pressure():
         report, codes = cache.report(), [cache.pool.code[ids] for ids in cache.sequences[0].pages()]
         assert report["device_peak"] <= report["budget"] == 260_000
         assert (np.concatenate(codes) == 0).all() == (host is None)
+
+
+@pytest.mark.parametrize("text", ["offload(0.6, by=values)", "offload(0.3, host=0.3)"])
+@torch.inference_mode()
+def test_a_plan_is_reached_from_where_pressure_has_put_pages(text):
+    """What waited below while the prompt was read goes where the plan wants it, a part at a time if need be."""
+    model, plan = tiny(), Plan.parse(text)
+    promised = AdaptiveCache.estimate(model, 1000, plan)
+    cache = AdaptiveCache(model, budget=int(promised["device"] * 1.1) + 200_000, plan=plan)
+    cache.expect(1000, 50)
+    for piece in torch.randint(2, 160, (1, 1000)).split(cache.chunk, 1):
+        model(piece, position_ids=cache.seen + torch.arange(piece.shape[1])[None], past_key_values=cache)
+    assert cache.report()["host_bytes"] > 0
+    cache.end_prefill()
+    assert [cache.sequences[0].bytes(tier) for tier in (DEVICE, HOST, DISK)] == [*promised.values()][1:]
+    cache.pool.check_integrity()
+
+
+@pytest.mark.parametrize("room", range(20_000, 200_000, 40_000))
+def test_split_pages_take_both_parts_to_disk(room):
+    """Pressure counts the values on the host too: where the disk has no room for them, something else gives way."""
+    sequence, plan = filled(1000, disk=room), Plan.parse("offload(0.1, by=values)")
+    pool = sequence.pool
+    plan.apply(sequence)
+    pool.host_capacity = pool.host_used
+    pool.region(pool.arena(DEVICE).free_bytes // 256 * 256)
+    make_room([sequence], [plan], [False], 200_000)
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize("quantize", ["palu(0.5)", "tuned(0.5)"])
+def test_layers_of_unequal_bytes_stay_within_what_is_promised(quantize):
+    plan = Plan.parse(f"{quantize} | offload(0.5, by=layers)")
+    mixed = [LayerShape(2, 4, 96, 80)] * 3 + [LayerShape(1, 4, 64, 128)]
+    for shapes in (SHAPES, [LayerShape(2, 4, 80, 80)] * 3, mixed):
+        sequence = filled(700, shapes=shapes)
+        plan.apply(sequence)
+        promised = plan.estimate(shapes, torch.float32, 700)
+        assert sequence.bytes(DEVICE) <= promised["device"] and sequence.bytes(HOST) <= promised["host"]
+
+
+@pytest.mark.parametrize("fault", ["no room", "damaged"])
+def test_a_cut_that_fails_half_way_changes_nothing(fault):
+    """Shared pages are copied before they are cut: all of them, or none, whatever stops it."""
+    sequence = filled(1000)
+    pool, other = sequence.pool, sequence.fork()
+    if fault == "damaged":  # a page of the second head, in a launch of its own
+        sequence.move([(np.arange(len(ids)) > 0)[:, None] & (ids >= 0) for ids in sequence.ids], DISK)
+        pool.arena(DISK).data[pool.v_off[sequence.ids[-1][1, 7]]] ^= 255
+    else:
+        pool.region(pool.arena(DEVICE).free_bytes // 256 * 256 - 60_000)
+    before = [ids.copy() for ids in other.ids], pool.device_used, pool.disk_used, pool.ref.copy()
+    with pytest.raises(CacheFileError if fault == "damaged" else ArenaFull):
+        other.truncate(500)
+    assert all(map(np.array_equal, before[0], other.ids)) and other.length == 1000
+    assert (pool.device_used, pool.disk_used) == before[1:3] and np.array_equal(pool.ref, before[3])
+    assert all((pool.count[ids] == 64).all() for ids in other.ids)
+
+
+def test_no_plan_is_chosen_whose_disk_there_is_not():
+    model, ids = tiny(), torch.randint(2, 160, (1, 300))
+    for disk, allowed in ((0, [True, False]), (None, [True, True])):
+        controller = Controller(candidates=("full", "offload(0.25, host=0)"))
+        cache = AdaptiveCache(model, disk=disk, controller=controller)
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)
+        cache.end_prefill()
+        assert [d.allowed for d in cache.requests[0].decisions] == [allowed] * 2
 
 
 def test_keys_of_split_pages_are_evicted_where_nothing_else_is_left():

@@ -25,7 +25,7 @@ from adaptivekv.cluster.samples import Sample, Samples
 from adaptivekv.controller import Controller
 from adaptivekv.engine.sampling import Sampler
 from adaptivekv.engine.session import Answer, Options, Session
-from adaptivekv.errors import AdaptiveKVError, BudgetError
+from adaptivekv.errors import AdaptiveKVError, BudgetError, CacheFileError
 from adaptivekv.model import LoadedModel
 from adaptivekv.selector import RuleTable, Selector
 from adaptivekv.trainer.registry import find_champion
@@ -220,7 +220,7 @@ class Engine:
             for event in self._turn(talk or self._begin(job), job, stop):
                 sent = True
                 yield event
-        except BudgetError:  # what a new cache could hold, a grown one sometimes cannot
+        except (BudgetError, CacheFileError):  # a grown cache lacks room, or its disk pages are damaged: start anew
             if sent or not known:
                 raise
             yield from self._turn(self._begin(job), job, stop)

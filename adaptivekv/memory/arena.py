@@ -38,8 +38,9 @@ class Arena:
                 data = torch.empty(self.capacity + UNIT, dtype=torch.uint8, device=device, pin_memory=pinned)
             start = -data.data_ptr() % UNIT  # aligned, so that one arena's offsets can lead into another
             self.data = data[start : start + self.capacity]
-        self.starts = np.zeros(1, np.int64)  # free extents, sorted, never adjacent
-        self.ends = np.full(1, self.capacity, np.int64)
+        free = int(self.capacity > 0)
+        self.starts = np.zeros(free, np.int64)  # free extents, sorted, never adjacent
+        self.ends = np.full(free, self.capacity, np.int64)
         self.used = 0
         self.peak = 0
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from adaptivekv.errors import CacheFileError
 from adaptivekv.kernels import pageops
 from adaptivekv.memory import checksums
 from adaptivekv.memory.arena import ArenaFull
@@ -163,7 +164,7 @@ def shorten(pool: PagePool, ids: np.ndarray, count: np.ndarray) -> np.ndarray:
     for at in pool.kinds(ids[shared]):
         try:
             out[shared[at]] = copy(pool, ids[shared[at]])
-        except ArenaFull:
+        except (ArenaFull, CacheFileError):
             pool.release(out[out != ids])
             raise
     pool.release(ids[out != ids])

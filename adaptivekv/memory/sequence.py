@@ -341,16 +341,21 @@ class Sequence:
         return (out * used[..., None].to(out.device)).view(-1, out.shape[-1])
 
     def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on, sealed ones included; nothing is re-encoded."""
+        """Forget every token from position `length` on, sealed ones included; nothing is re-encoded.
+
+        Raises ArenaFull, and changes nothing, where there is no room for copies of shared pages.
+        """
         assert 0 <= length <= self.length
         kept = int((self.tail_pos[: self.tail_len] < length).sum())
         if kept == 0:
-            left = []
-            for layer, ids in enumerate(self.ids):
+            left, cuts = [], []
+            for layer in range(len(self.ids)):
                 used, pos = self.slots(layer)
                 left.append((used & (pos < length)).sum(2))
-                cut = (ids >= 0) & (left[layer] < used.sum(2)) & (left[layer] > 0)
-                ids[cut] = change.shorten(self.pool, ids[cut], left[layer][cut])
+                cuts.append((left[layer] < used.sum(2)) & (left[layer] > 0))
+            table, cells = self._chosen(cuts)
+            table[cells] = change.shorten(self.pool, table[cells], np.concatenate([n.ravel() for n in left])[cells])
+            self._fill(table)
             self.drop([n == 0 for n in left])
             self.touch()
         self.tail_len, self.length = kept, length

@@ -17,7 +17,7 @@ from adaptivekv.memory.bases import Bases
 from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import DISK, HOST, TIERS
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST, TIERS
 
 VERSION = 2
 
@@ -74,8 +74,8 @@ def save(sequence: Sequence, path: str | Path) -> None:
 
 
 def load(pool: PagePool, path: str | Path) -> Sequence:
-    """A sequence as `save` left it, on the tiers it had (split pages whole on their values' tier, and
-    pages of a disk that this pool lacks on the host).
+    """A sequence as `save` left it, on the tiers it had (split pages whole on their values' tier); what finds no
+    room there goes to a lower one, or from the disk to the host.
 
     Errors: CacheFileError; ArenaFull where there is no room.
     """
@@ -116,7 +116,10 @@ def _fill(sequence: Sequence, layer: int, tensors: dict[str, torch.Tensor]) -> N
     for value in np.unique(key):
         raw, here = (tensors[f"{layer}.k.{value}"], tensors[f"{layer}.v.{value}"]), key == value
         fmt, tier = BY_CODE[value // 2 // len(TIERS)], int(value // 2 % len(TIERS))
-        tier = HOST if tier == DISK and not pool.disk_capacity else tier
+        size = sum(part.shape[1] for part in raw) * len(raw[0])
+        places = (DISK, HOST) if tier == DISK else (DEVICE, HOST, DISK)[tier:]
+        room = [pool.arena(DEVICE).free_bytes, pool.away_free(HOST), pool.away_free(DISK)]
+        tier = next((place for place in places if size <= room[place]), tier)
         np.put(live, np.flatnonzero(here), pool.adopt(layer, raw, count[here], pos[here], fmt, tier))
         table[mask] = live
     if sequence.bases:

@@ -32,7 +32,7 @@ from adaptivekv.kernels.codec import PAGE
 from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.sequence import Sequence
-from adaptivekv.memory.shapes import DEVICE, HOST
+from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
 from adaptivekv.recall import recall
@@ -336,8 +336,8 @@ class _Run:
 def copy_sequence(source: Sequence, target: Sequence) -> None:
     """Fill an empty sequence of another pool with a native one that lies on the device; `source` keeps everything.
 
-    What the target's device has no room for goes to its host: the least worthy columns of each layer, as the
-    controller spills them while a prompt is read.
+    What the target's device has no room for goes to its host, or to its disk: the least worthy columns of each layer,
+    as the controller spills them while a prompt is read.
     """
     native, pool = FORMATS["native"], target.pool
     if target.window > source.window:
@@ -352,7 +352,9 @@ def copy_sequence(source: Sequence, target: Sequence) -> None:
         target.ids[layer] = np.full_like(ids, -1)
         worth = np.nan_to_num(source.mass[layer], nan=0.0).max(0, initial=-1.0) + 1e-9 * np.arange(ids.shape[1])
         order = np.argsort(-worth, kind="stable")
-        for part, tier in ((np.sort(order[:keep]), DEVICE), (np.sort(order[keep:]), HOST)):
+        spilt = pool.column_bytes(native) // len(source.ids) * (columns - keep)
+        away = HOST if spilt <= pool.away_free(HOST) else DISK
+        for part, tier in ((np.sort(order[:keep]), DEVICE), (np.sort(order[keep:]), away)):
             if len(part):
                 pages = ids[:, part].reshape(-1)
                 raw = source.pool.raw(pages)

@@ -7,6 +7,7 @@ whole layers leave, as in LayerKV (arXiv 2410.00428): every transfer is one long
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import numpy as np
@@ -72,32 +73,37 @@ class Offload(Stage):
             goals = [np.full(size.shape[1], tier) for size, tier in zip(parts, layers, strict=True)]
         else:
             goals = [self._columns(sequence, layer, size.sum(0)) for layer, size in enumerate(parts)]
-        # the lowest tier first, so that each leaves room for the next; a full one keeps them where they are, under the
-        # pressure of that tier
-        for tier in (DISK, HOST, DEVICE):
+        _, ids = sequence.cells()
+        goal = np.concatenate([np.tile(aim, len(held)) for aim, held in zip(goals, sequence.ids, strict=True)])
+        ends = np.cumsum([held.size for held in sequence.ids])[:-1]
+        # the lowest tier first, so that each leaves room for the next, and twice: pages that pressure has sent away may
+        # stand where others go. What finds no room stays where it is.
+        for tier, origin in [*product((DISK, HOST, DEVICE), (DEVICE, HOST, DISK))] * 2:
             apart = split and tier == HOST
-            chosen = [
-                here & (goal == tier) & ((pool.tier[ids] != tier) | (pool.split[ids] != apart))
-                for ids, here, goal in zip(sequence.ids, live, goals, strict=True)
-            ]
-            if any(mask.any() for mask in chosen) and self._fits(
-                sequence, chosen, parts, (DEVICE if apart else tier, tier)
-            ):
-                sequence.move(chosen, tier, apart)
+            wrong = (ids >= 0) & (goal == tier) & (pool.tier[ids] == origin)
+            wrong &= (origin != tier) | (pool.split[ids] != apart)
+            if wrong.any():
+                chosen = [
+                    mask.reshape(held.shape) for mask, held in zip(np.split(wrong, ends), sequence.ids, strict=True)
+                ]
+                tiers = DEVICE if apart else tier, tier
+                sequence.move(self._fitting(sequence, chosen, parts, tiers), tier, apart)
 
     @staticmethod
-    def _fits(sequence: Sequence, chosen: list[np.ndarray], parts: list[np.ndarray], tiers: tuple[int, int]) -> bool:
-        """Whether there is room for keys and values of the chosen pages on these tiers."""
-        pool = sequence.pool
+    def _fitting(
+        sequence: Sequence, chosen: list[np.ndarray], parts: list[np.ndarray], tiers: tuple[int, int]
+    ) -> list[np.ndarray]:
+        """The first of the chosen columns, as many as there is room for with keys and values on these tiers."""
+        pool, ends = sequence.pool, np.cumsum([ids.shape[1] for ids in sequence.ids])
+        fits = np.ones(ends[-1], bool)
         for tier in set(tiers):
-            need = 0
+            need = []
             for ids, mask, size in zip(sequence.ids, chosen, parts, strict=True):
-                wanted = sum(size[mask][:, i] for i in (0, 1) if tiers[i] == tier)
-                need += int((wanted - pool.sizes_on(ids[mask], tier)).clip(0).sum())
+                wanted = sum(size[..., i] for i in (0, 1) if tiers[i] == tier)
+                need.append(((wanted - pool.sizes_on(ids, tier)).clip(0) * mask).sum(0))
             room = pool.arena(DEVICE).free_bytes - pool.reserved if tier == DEVICE else pool.away_free(tier)
-            if need > max(0, room):
-                return False
-        return True
+            fits &= np.cumsum(np.concatenate(need)) <= max(0, room)
+        return [mask & some for mask, some in zip(chosen, np.split(fits, ends[:-1]), strict=True)]
 
     def _layers(self, sizes: np.ndarray) -> np.ndarray:
         """The tier of each layer, of so many bytes each: int [L]. As many as the shares allow, each evenly spread."""
@@ -129,6 +135,11 @@ class Offload(Stage):
         """Bytes on device, host and disk of so many layers with columns of so many bytes of keys and values, [n, 2]."""
         if self.by == "layers":
             sizes = np.array([columns.sum() for count, columns in held for _ in range(count)], np.int64)
+            if (sizes != sizes[:1]).any():  # which of them go where is not known: the most that it can be
+                total = int(sizes.sum())
+                device, host = int(self.device * total), int(self.host * total)
+                leaves = total - int(np.sort(sizes)[: device // int(sizes.max())].sum())
+                return [device, min(host, leaves), max(0, total - device - host)]
             tiers = self._layers(sizes)
         else:
             tiers = np.concatenate([self._filled(columns) for _, columns in held])

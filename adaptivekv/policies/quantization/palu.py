@@ -84,7 +84,9 @@ class Palu(Quantize):
         """Bases of the selected pages (bool [H, P] a layer), and how many directions of them each layer gets."""
         pool = sequence.pool
         axes, lost = [], np.zeros(len(select))
-        for layer, (chosen, shape) in enumerate(zip(select, pool.layers, strict=True)):
+        for layer, (some, shape) in enumerate(zip(select, pool.layers, strict=True)):
+            # a head none of whose pages has settled yet, as evictions leave some: by what it holds
+            chosen = some | (~some.any(1, keepdims=True) & (sequence.ids[layer] >= 0))
             sums = moments(pool, sequence.ids[layer][chosen], np.nonzero(chosen)[0], shape)
             found = [torch.linalg.eigh(total) for total in sums]  # rising: [H, dim], [H, dim, dim]
             axes.append((found[0][1], found[1][1]))
