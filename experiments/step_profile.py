@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from adaptivekv.bench.decode import STEPS, fill, random_model
+from adaptivekv.bench.decode import filled, random_model
 from adaptivekv.bench.timing import warm_up
-from adaptivekv.cache import AdaptiveCache
 from adaptivekv.graph import GraphDecoder
 
 KERNELS = 12  # named in the record; the others are summed
@@ -50,12 +49,7 @@ def main() -> None:
 @torch.inference_mode()
 def measured(model: Any, requests: int, tokens: int, plan: str, compiled: bool) -> dict[str, Any]:
     """Median ms of 64 steps, and microseconds of each kernel in a step, mean of three."""
-    cache = AdaptiveCache(model, plan=plan, host=0, max_tokens=int(1.35 * tokens) + 2 * STEPS)
-    cache.expect(tokens, 2 * STEPS)
-    cache.admit(requests, [tokens] * requests)
-    for request in cache.requests:
-        fill(request.sequence, tokens)
-    cache.seen = tokens
+    cache = filled(model, requests, tokens, plan)
     for request in cache.requests:
         cache.controller.end_prefill(request)
     decoder = GraphDecoder(model, cache, compiled)

@@ -73,13 +73,7 @@ def random_model(shape: str) -> LlamaForCausalLM:
 @torch.inference_mode()
 def ours(model: Any, rows: int, tokens: int, plan: str, compiled: bool) -> dict[str, Any]:
     """Fill a cache with random keys and values, apply the plan, replay decode steps."""
-    # Room for the converted pages beside the native ones, as where memory is not yet short.
-    cache = AdaptiveCache(model, plan=plan, host=0, max_tokens=int(1.35 * tokens) + 2 * STEPS)
-    cache.expect(tokens, 2 * STEPS)
-    cache.admit(rows, [tokens] * rows)
-    for request in cache.requests:
-        fill(request.sequence, tokens)
-    cache.seen = tokens
+    cache = filled(model, rows, tokens, plan)
     change = []
     for request in cache.requests:
         torch.cuda.synchronize()
@@ -110,6 +104,18 @@ def ours(model: Any, rows: int, tokens: int, plan: str, compiled: bool) -> dict[
     }  # fmt: skip
     cache.clear()
     return out
+
+
+def filled(model: Any, rows: int, tokens: int, plan: str) -> AdaptiveCache:
+    """A cache as `rows` prompts of `tokens` tokens leave it, the plan not yet applied; keys and values are random."""
+    # Room for the converted pages beside the native ones, as where memory is not yet short.
+    cache = AdaptiveCache(model, plan=plan, host=0, max_tokens=int(1.35 * tokens) + 2 * STEPS)
+    cache.expect(tokens, 2 * STEPS)
+    cache.admit(rows, [tokens] * rows)
+    for request in cache.requests:
+        fill(request.sequence, tokens)
+    cache.seen = tokens
+    return cache
 
 
 def fill(sequence: Any, tokens: int) -> None:
