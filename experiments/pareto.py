@@ -155,6 +155,13 @@ def _failed(error: Exception) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"pareto: {path} is not a file of rows as `run` writes it ({error})") from None
+
+
 def _append(out: Path, row: dict[str, Any]) -> None:
     with out.open("a") as file:  # one write of one short line: whole, whoever else appends
         file.write(json.dumps(row) + "\n")
@@ -170,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
         Plan.parse(plan)  # what is misspelt fails here
     done = set()
     if args.out.exists():
-        for row in map(json.loads, args.out.read_text().splitlines()):
+        for row in _read(args.out):
             done.add(json.dumps([*(row[key] for key in Cell._fields[:5]), row.get("plan")]))
     queue = []
     for cell in cells(parts):
@@ -216,7 +223,7 @@ def main() -> None:
     if args.step == "run":
         run(args)
     else:
-        front.table([json.loads(line) for path in args.rows for line in path.read_text().splitlines()], args.out)
+        front.table([row for path in args.rows for row in _read(path)], args.out)
 
 
 if __name__ == "__main__":
