@@ -30,6 +30,10 @@ UNIT = 256
 HALF_MAX = 65504.0
 """The largest finite float16."""
 
+CUTS: dict[int, tuple[float, ...]] = {8: (0.0,), 4: (0.0, 0.03, 0.06), 2: (0.0, 0.1, 0.15, 0.2, 0.25)}
+"""By bits: shares of a row's range that may be cut off at either end. One far value would set all levels: of a normally
+distributed row the four best span about 0.6 of the range, and its squared error is half of that over all of it."""
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -92,8 +96,7 @@ class Codec:
         if self.native:
             out[:, :end] = x.to(dtype).reshape(n, PAGE * dim).view(torch.uint8)
             return out
-        low, high = x.float().aminmax(dim=-1, keepdim=True)  # [n, 64, 1]
-        levels, scale, zero = self._quantize(x.float(), low, high)
+        levels, scale, zero = self._fit(x.float())
         out[:, :end] = self._pack(levels).reshape(n, end)
         out[:, end : end + 2 * PAGE] = scale.reshape(n, PAGE).view(torch.uint8)
         out[:, end + 2 * PAGE : end + 4 * PAGE] = zero.reshape(n, PAGE).view(torch.uint8)
@@ -128,6 +131,21 @@ class Codec:
     def _top(self) -> int:
         return (1 << self.bits) - 1
 
+    def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`_quantize` over the part of each row's range, of those in CUTS, that leaves the least squared error."""
+        low, high = x.aminmax(dim=-1, keepdim=True)  # [n, 64, 1]
+        best, least = self._quantize(x, low, high), None
+        for cut in CUTS[self.bits][1:]:
+            least = _error(x, *best) if least is None else least
+            off = (high - low) * cut
+            found = self._quantize(x, low + off, high - off)
+            error = _error(x, *found)
+            better = error < least
+            least = torch.where(better, error, least)
+            levels, scale, zero = (torch.where(better, a, b) for a, b in zip(found, best, strict=True))
+            best = levels, scale, zero
+        return best
+
     def _quantize(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Levels (uint8, like x), scales and zeros (float16, like `low` and `high`) for values in [low, high]."""
         scale = ((high - low) / self._top).clamp_(max=HALF_MAX).half()
@@ -157,6 +175,11 @@ class Codec:
             # The last group has nothing above it, so its shift alone isolates it.
             levels[..., i * width : (i + 1) * width] = part if (i + 1) * self.bits == 8 else part & self._top
         return levels
+
+
+def _error(x: Tensor, levels: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Squared error of each row [..., 1]."""
+    return torch.addcmul(zero.float(), levels, scale.float()).sub_(x).square_().sum(-1, keepdim=True)
 
 
 def part_shape(x: Tensor) -> tuple[int, int]:
