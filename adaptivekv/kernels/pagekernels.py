@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adaptivekv.kernels import pageops
-from adaptivekv.kernels.codec import CUTS, PAGE, UNIT, Codec
+from adaptivekv.kernels.codec import CUT, PAGE, UNIT, Codec
 from adaptivekv.kernels.hadamard import signs
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,7 +53,7 @@ def recode(
         src, _as(src, dtype), _as(src, torch.float16), dst, _as(dst, dtype), _as(dst, torch.float16),
         src_off, dst_off, count, matrix, float(block) ** -0.5,
         D=dim, BW=max(16, triton.next_power_of_2(dim // 4)), OLD=old.bits, NEW=new.bits, ITEM=dtype.itemsize,
-        ROTATE=rotate, BLOCK=block, TYPE=_TYPES[kind], NATIVE=_TYPES[dtype], CUTS=CUTS.get(new.bits, ()),
+        ROTATE=rotate, BLOCK=block, TYPE=_TYPES[kind], NATIVE=_TYPES[dtype], CUT=CUT.get(new.bits, 0.0),
         PAD=new.part_bytes(dim, dtype) - _stored(new, dim, dtype), PAGE=PAGE, UNIT=UNIT,
         num_warps=8 if dim > 128 else 4,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def _value(
 @triton.jit
 def _store(
     byte_ptr, native_ptr, half_ptr, off, slot, col, x, D: tl.constexpr, BITS: tl.constexpr, ITEM: tl.constexpr,
-    PAGE: tl.constexpr, NATIVE: tl.constexpr, CUTS: tl.constexpr,
+    PAGE: tl.constexpr, NATIVE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Encode four slices [64, D / 4], float32, into the part at `off`."""
     W: tl.constexpr = D // 4
@@ -173,16 +173,13 @@ def _store(
             low = tl.minimum(low, tl.min(tl.where(inside, x[s], float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(inside, x[s], -float("inf")), 1))
         scale, zero = _grid(low, high, BITS, PAGE)
-        if len(CUTS) > 1:
-            least = _error(x, scale, zero, inside, BITS)
-            for i in tl.static_range(1, len(CUTS)):
-                cut = (high - low) * CUTS[i]
-                s, z = _grid(low + cut, high - cut, BITS, PAGE)
-                error = _error(x, s, z, inside, BITS)
-                better = error < least
-                least = tl.where(better, error, least)
-                scale = tl.where(better, s, scale)
-                zero = tl.where(better, z, zero)
+        if CUT > 0:
+            ends = (high - low) * CUT
+            inner_scale, inner_zero = _grid(low + ends, high - ends, BITS, PAGE)
+            inner_error = _error(x, inner_scale, inner_zero, inside, BITS)
+            better = inner_error < _error(x, scale, zero, inside, BITS)
+            scale = tl.where(better, inner_scale, scale)
+            zero = tl.where(better, inner_zero, zero)
         GROUPS: tl.constexpr = BITS // 2
         for g in tl.static_range(GROUPS):
             byte = tl.zeros([PAGE, col.shape[0]], tl.int32)
@@ -207,7 +204,9 @@ def _level(x, scale, zero, BITS: tl.constexpr):
     """Levels of [64, D / 4] in float32, against the rounded pair, the one that decoding sees; a scale of 0 gives 0."""
     TOP: tl.constexpr = (1 << BITS) - 1
     step = scale.to(tl.float32)
-    inverse = tl.where(step == 0, 0.0, tl.div_rn(tl.full([x.shape[0]], 1.0, tl.float32), tl.where(step == 0, 1.0, step)))
+    inverse = tl.where(
+        step == 0, 0.0, tl.div_rn(tl.full([x.shape[0]], 1.0, tl.float32), tl.where(step == 0, 1.0, step))
+    )
     level = tl.minimum(tl.maximum((x - zero.to(tl.float32)[:, None]) * inverse[:, None], 0.0), TOP)
     return (level + _ROUND) - _ROUND
 
@@ -228,7 +227,7 @@ def recode_kernel(
     src_off_ptr, dst_off_ptr, count_ptr, sign_ptr, norm,
     D: tl.constexpr, BW: tl.constexpr, OLD: tl.constexpr, NEW: tl.constexpr, ITEM: tl.constexpr,
     ROTATE: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr, NATIVE: tl.constexpr,
-    CUTS: tl.constexpr, PAD: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr,
+    CUT: tl.constexpr, PAD: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One part: levels are rotated as they are, exactly, and take their scale and zero afterwards."""
     i = tl.program_id(0)
@@ -263,7 +262,7 @@ def recode_kernel(
         _value(x[2], scale, zero, norm, col, 2, D, OLD, ROTATE, BLOCK),
         _value(x[3], scale, zero, norm, col, 3, D, OLD, ROTATE, BLOCK),
     )
-    _store(dst_ptr, dst_native_ptr, dst_half_ptr, dst_off, slot, col, z, D, NEW, ITEM, PAGE, NATIVE, CUTS)
+    _store(dst_ptr, dst_native_ptr, dst_half_ptr, dst_off, slot, col, z, D, NEW, ITEM, PAGE, NATIVE, CUT)
     if PAD:
         pad = tl.arange(0, UNIT)
         tl.store(dst_ptr + dst_off + _part_bytes(D, NEW, ITEM, PAGE) + pad, tl.zeros([UNIT], tl.uint8), pad < PAD)
