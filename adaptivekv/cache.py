@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from adaptivekv import attention as attention_room
 from adaptivekv.attention import Staged, attend_sequence
@@ -19,14 +19,16 @@ from adaptivekv.controller import DEFAULT_QUALITY, Controller
 from adaptivekv.decisions import Request, report
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.graph import GraphDecoder, refused
+from adaptivekv.kept import copied, crop, make_layers
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.layers import AdaptiveLayer, layer_shapes
 from adaptivekv.memory.formats import FORMATS, parse_bytes
-from adaptivekv.memory.pages import PagePool, too_small
+from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.plan import Plan
 from adaptivekv.recall import Recalling
 from adaptivekv.selector import Selector
+from adaptivekv.sizing import budget_bytes, capacity, full_bytes, make_pool
 
 
 class AdaptiveCache(Cache):
@@ -62,7 +64,7 @@ class AdaptiveCache(Cache):
         fixed = None if plan is None else Plan.parse(plan)
         self.controller = controller or Controller(fixed, selector, quality)
         self.budget = None if budget is None else parse_bytes(budget)
-        self.host, self.disk = _capacity(host), _capacity(disk)
+        self.host, self.disk = capacity(host), capacity(disk)
         if fixed and (offload := fixed.stage("offload")):
             if offload.host and self.host == 0:
                 raise AdaptiveKVError(f"plan {fixed} offloads to the host, but host=0; give it host bytes")
@@ -85,21 +87,13 @@ class AdaptiveCache(Cache):
         self._facts: dict[str, float] = {}
         self.seconds = {"prefill": 0.0, "decode": 0.0}
         self._config = model.config.get_text_config(decoder=True)
-        super().__init__(layers=self._make_layers())
+        super().__init__(layers=make_layers(self, self._config))
         attention_room.register()
         model.set_attn_implementation(attention_room.NAME)
         if self._config._attn_implementation != attention_room.NAME:  # transformers only warns
             raise AdaptiveKVError(
                 f"model type {self._config.model_type}: its attention function cannot be exchanged; use DynamicCache"
             )
-
-    def _make_layers(self) -> list[CacheLayerMixin]:
-        layers = DynamicCache(config=self._config).layers
-        own = 0
-        for i, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[i], own = AdaptiveLayer(self, own), own + 1
-        return layers
 
     @property
     def kept(self) -> list[CacheLayerMixin]:
@@ -121,7 +115,7 @@ class AdaptiveCache(Cache):
     def chunk(self) -> int:
         """Prompt tokens per forward: a whole number of pages, at most a fifth of the budget in native tokens."""
         token = sum(s.slot_elements for s in self.shapes) * self.dtype.itemsize
-        budget = self._budget_bytes(*(self._expected or (0, 0)))
+        budget = budget_bytes(self.budget, self.shapes, sum(self._expected or ()))
         return int(np.clip(budget // 5 // token // PAGE * PAGE, PAGE, 512)) if budget else 256
 
     def expect(self, prompt: int, new: int, facts: dict[str, float] | None = None) -> None:
@@ -157,24 +151,13 @@ class AdaptiveCache(Cache):
             if sequence.length != self.seen:
                 raise AdaptiveKVError("truncate: rows with pads cannot be cut at one length")
         if length < self.seen:
-            self._crop_kept(length)
+            crop(self.kept, self.seen, length)
         for sequence in self.sequences:
             sequence.truncate(length)
         self.seen = length
 
     def crop(self, tokens_to_remove: int) -> None:
         self.truncate(self.seen - abs(tokens_to_remove))
-
-    def _crop_kept(self, length: int) -> None:
-        """A window that has moved on and a recurrent state no longer know what they were."""
-        for layer in self.kept:
-            if type(layer) is not DynamicSlidingWindowLayer or layer.get_seq_length() >= layer.sliding_window:
-                raise AdaptiveKVError(
-                    f"truncate: {type(layer).__name__}, which transformers keeps, cannot return to {length} tokens; "
-                    "clear() the cache and read the prompt again"
-                )
-        for layer in self.kept:
-            layer.crop(length - self.seen)
 
     def end_prefill(self) -> None:
         """The prompt has ended: decide and apply the plan now instead of at the first decode step."""
@@ -190,10 +173,10 @@ class AdaptiveCache(Cache):
                 "read the prompt again"
             )
         self.clear()
-        budget = self._budget_bytes(length, new)
+        budget = budget_bytes(self.budget, self.shapes, length + new)
         if self.pool is None:
-            self.pool = self._make_pool(1, length + new, budget, self.controller.window)
-        full = sum(s.slot_elements for s in self.shapes) * 2 * (length + new)
+            self.pool = make_pool(self, 1, length + new, budget)
+        full = full_bytes(self.shapes, length + new)
         self.requests = [Request(load(self.pool), length, new, budget, full)]
         self.seen = length
         self.controller.admit(self.requests[0])
@@ -205,11 +188,17 @@ class AdaptiveCache(Cache):
         self.requests, self.seen, self._expected = [], 0, None
         self.pool = self.pool if self.shared else None
         if self.kept:
-            self.layers = self._make_layers()
+            self.layers = make_layers(self, self._config)
 
-    def frozen_step(self) -> _Frozen:
+    @contextmanager
+    def frozen_step(self) -> Iterator[None]:
         """`with cache.frozen_step(): model(...)`: new tokens attend to the cache and each other, nothing is stored."""
-        return _Frozen(self)
+        layers = self.layers
+        try:
+            self.frozen, self.layers = True, copied(layers)
+            yield
+        finally:
+            self.frozen, self.layers = False, layers
 
     # -- a step, driven by the attention function --------------------------------------------------------------------
 
@@ -239,9 +228,9 @@ class AdaptiveCache(Cache):
                 sequence, staged.layer, q, k, v, scale, softcap, sinks, stats, self.recalling
             ).to(out.dtype)
             if not self.frozen:
+                sequence.append(staged.layer, k, v, sequence.length + np.arange(self._new[b]))
                 if sequence.window:
                     sequence.observe(staged.layer, q)
-                sequence.append(staged.layer, k, v, sequence.length + np.arange(self._new[b]))
         if staged.layer == len(self.shapes) - 1:
             self._end(q_len)
         return out
@@ -303,49 +292,16 @@ class AdaptiveCache(Cache):
         prompt, answer = self._expected or (max(new), self.max_new_tokens)
         if self.positions and prompt > self.positions:
             raise AdaptiveKVError(f"prompt of {prompt} tokens: the model has {self.positions} positions; shorten it")
-        full = sum(s.slot_elements for s in self.shapes) * 2 * (prompt + answer)
-        budget = self._budget_bytes(prompt, answer)
-        window = self.controller.window
+        budget = budget_bytes(self.budget, self.shapes, prompt + answer)
         if self.pool is None:
-            self.pool = self._make_pool(rows, prompt + answer, budget * rows if budget else None, window)
+            self.pool = make_pool(self, rows, prompt + answer, budget * rows if budget else None)
         for n in new:
-            request = Request(
-                Sequence(self.pool, window), n if self._expected is None else prompt, answer, budget, full
-            )
+            sequence = Sequence(self.pool, self.controller.window)
+            length = n if self._expected is None else prompt
+            request = Request(sequence, length, answer, budget, full_bytes(self.shapes, prompt + answer))
             request.facts = dict(self._facts)
             self.requests.append(request)
             self.controller.admit(request)
-
-    def _budget_bytes(self, prompt: int, answer: int) -> int | None:
-        if isinstance(self.budget, float):
-            return int(self.budget * sum(s.slot_elements for s in self.shapes) * 2 * (prompt + answer))
-        return self.budget
-
-    def _make_pool(self, rows: int, tokens: int, budget: int | None, window: int) -> PagePool:
-        native = FORMATS["native"]
-        column = sum(s.heads * native.bytes(s.k_dim, s.v_dim, self.dtype) for s in self.shapes)
-        fixed = Sequence.fixed_bytes(self.shapes, self.dtype, window)
-        pages = -(-tokens // PAGE) + 1
-        offloads = [plan.stage("offload") for plan in self.controller.possible]
-        host, disk = self.host, self.disk
-        if host is None:
-            host = int(rows * pages * column * max(stage.host if stage else 1.0 for stage in offloads))
-        if disk is None:
-            disk = rows * pages * column * any(stage and stage.disk for stage in offloads)
-        widest = max(s.heads * (s.k_dim + s.v_dim) for s in self.shapes) * PAGE * 4  # a decoded page of every head
-        if budget is None:
-            longest = max(tokens, self.max_tokens or min(self.positions, self._spare() // (rows * column // PAGE)))
-            capacity = rows * ((-(-longest // PAGE) + 2) * column + fixed + (1 << 16))
-            return PagePool(self.shapes, self.dtype, self.device, capacity, host, max(4 << 20, widest), disk)
-        staging = max(widest, min(budget // 16, 16 << 20))
-        least = rows * (fixed + column * (1 if rows * tokens < PAGE else 2)) + staging
-        if budget < least:
-            raise too_small("the open tail and one page per head", least, budget)
-        return PagePool(self.shapes, self.dtype, self.device, budget - staging, host, staging, disk)
-
-    def _spare(self) -> int:
-        """Bytes an arena without a budget may claim: memory of a CPU is committed only when touched."""
-        return torch.cuda.mem_get_info(self.device)[0] // 4 if self.device.type == "cuda" else 1 << 62
 
     def _generate(self, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Any:
         """transformers' own sampling loop, once the lengths are known; see `generate_kwargs`."""
@@ -361,21 +317,3 @@ class AdaptiveCache(Cache):
         if self.controller.recalls:
             runner = Recalling(runner, self, input_ids, kwargs.get("attention_mask"))
         return type(model)._sample(runner, input_ids, **kwargs)
-
-
-def _capacity(size: str | int | None) -> int | None:
-    return None if size is None else 0 if size in (0, "0") else int(parse_bytes(size))
-
-
-class _Frozen:
-    def __init__(self, cache: AdaptiveCache):
-        self.cache, self.layers = cache, cache.layers
-
-    def __enter__(self) -> None:
-        self.cache.frozen = True
-        # the layers transformers keeps store whatever they see: let copies of them see it
-        self.layers = self.cache.layers
-        self.cache.layers = [x if isinstance(x, AdaptiveLayer) else copy.deepcopy(x) for x in self.layers]
-
-    def __exit__(self, *exc: object) -> None:
-        self.cache.frozen, self.cache.layers = False, self.layers

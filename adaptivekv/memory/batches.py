@@ -1,8 +1,8 @@
-"""What eager attention reads of a layer: its pages, a batch for each format and tier."""
+"""What eager attention reads of a layer: its pages, or the picked ones, a batch for each format and tier."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,16 @@ from adaptivekv.memory.shapes import DEVICE, TIERS
 
 if TYPE_CHECKING:
     from adaptivekv.memory.sequence import Sequence
+
+
+class Picker(Protocol):
+    """Chooses the pages of a decode step, the share `read` of them."""
+
+    @property
+    def read(self) -> float: ...
+
+    def pick(self, sequence: Sequence, layer: int, q: torch.Tensor) -> np.ndarray:
+        """q [H, G, k_dim] -> bool like `sequence.ids[layer]`."""
 
 
 def page_batches(sequence: Sequence, layer: int, pick: np.ndarray) -> list[tuple[PageBatch, np.ndarray]]:

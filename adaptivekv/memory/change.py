@@ -15,6 +15,7 @@ from adaptivekv.memory.bases import clean, project
 from adaptivekv.memory.formats import Format
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.shapes import DEVICE, HOST, Kind
+from adaptivekv.memory.transfer import kernel_tables
 
 
 def convert(pool: PagePool, ids: np.ndarray, fmt: Format) -> np.ndarray:
@@ -74,7 +75,7 @@ def _recode(
     targets = [pool.arena(tier).data if into is None else into for tier in new.tiers]
     if new.fmt.rank:
         return _project(pool, ids, new, off, targets)
-    tables = pool.tables(old.tier, pool.k_off[ids], pool.v_off[ids], *off, pool.count[ids])
+    tables = kernel_tables(pool, old.tier, pool.k_off[ids], pool.v_off[ids], *off, pool.count[ids])
     for i, (before, after) in enumerate(zip(old.parts, new.parts, strict=True)):
         pageops.recode(
             pool.arena(old.tiers[i]).data, targets[i], tables[i], tables[i + 2], tables[4], before[0], *after,
@@ -102,7 +103,7 @@ def staged(pool: PagePool, kind: Kind, n: int) -> tuple[list[np.ndarray], torch.
 
 def unstage(pool: PagePool, kind: Kind, off: list[np.ndarray], packed: list[np.ndarray], buffer: torch.Tensor) -> None:
     """Copy pages from their temporary place to `off`."""
-    tables = pool.tables(kind.tier, *packed, *off)
+    tables = kernel_tables(pool, kind.tier, *packed, *off)
     for i, size in enumerate(kind.sizes):
         pageops.copy_parts(buffer, pool.arena(kind.tiers[i]).data, tables[i], tables[i + 2], size)
 
@@ -114,7 +115,7 @@ def copy(pool: PagePool, ids: np.ndarray) -> np.ndarray:
     fresh = pool.claim(pool.layer[ids], kind, pool.count[ids])
     pool.set_pos(fresh, pool.pos[ids])
     pool.basis[fresh] = pool.basis[ids]
-    tables = pool.tables(kind.tier, *(off[i] for i in (ids, fresh) for off in (pool.k_off, pool.v_off)))
+    tables = kernel_tables(pool, kind.tier, *(off[i] for i in (ids, fresh) for off in (pool.k_off, pool.v_off)))
     for i, size in enumerate(kind.sizes):
         data = pool.arena(kind.tiers[i]).data
         pageops.copy_parts(data, data, tables[i], tables[i + 2], size)

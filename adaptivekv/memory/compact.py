@@ -10,6 +10,7 @@ import torch
 from adaptivekv.kernels import pageops
 from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.shapes import DEVICE
+from adaptivekv.memory.transfer import kernel_tables
 
 if TYPE_CHECKING:
     from adaptivekv.memory.pages import PagePool
@@ -29,7 +30,7 @@ def compact(pool: PagePool, tier: int) -> None:
         held = []
         for length in np.unique(size[now]).tolist():
             at = now[size[now] == length]
-            source, target = pool.tables(tier, off[at], new[at])
+            source, target = kernel_tables(pool, tier, off[at], new[at])
             buffer = torch.empty(len(at) * length, dtype=torch.uint8, device=pool.device)
             packed = torch.arange(len(at), device=source.device) * length
             pageops.copy_parts(data, buffer, source, packed, length)

@@ -20,6 +20,7 @@ from adaptivekv.memory.change import staged, unstage
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DISK, HOST, Kind
+from adaptivekv.memory.transfer import kernel_tables
 
 _FULL = np.array([(1 << n) - 1 for n in range(PAGE + 1)], np.uint64)  # slots 0 to n - 1, a bit each
 _POS_BYTES = PAGE * 4
@@ -165,7 +166,7 @@ def _pack(pool: PagePool, s: _Stream, off: tuple[np.ndarray, ...], into: tuple[t
     bits = s.bits.view(np.int64)
     before = pool.k_off[s.pages], pool.v_off[s.pages], s.pages * _POS_BYTES
     tier = DISK if s.kind.tier == DISK else HOST  # positions live on the host
-    tables = pool.tables(tier, *before, *off, bits, s.start, s.count)
+    tables = kernel_tables(pool, tier, *before, *off, bits, s.start, s.count)
     packs = (k_from, *k, pool.dtype), (v_from, *v, pool.dtype), (_pos(pool), CODECS["native"], 1, torch.int32)
     mask, start, count = tables[6:]
     for i, (data, codec, dim, dtype) in enumerate(packs):

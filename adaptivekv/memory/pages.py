@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from adaptivekv.errors import BudgetError
 from adaptivekv.kernels import hadamard, pageops
 from adaptivekv.kernels.codec import PAGE, UNIT, Codec
 from adaptivekv.memory import bases, checksums, integrity
@@ -211,6 +210,12 @@ class PagePool:
         ids, self.free_ids = self.free_ids[:n], self.free_ids[n:]
         return ids.astype(np.int64)  # numpy indexes with it twice as fast
 
+    def spare_ids(self, n: int) -> None:
+        """Have ids for `n` pages and as many to spare as there are pages: a change of plan pins no memory then."""
+        live = len(self.ref) - len(self.free_ids)
+        if len(self.free_ids) - n < live:
+            self._more_ids(n + live)
+
     def _more_ids(self, n: int) -> None:
         """Make at least `n` more page ids."""
         old, grow = len(self.ref), max(n, 256, len(self.ref))
@@ -258,21 +263,6 @@ class PagePool:
             self.arena(tier).free(off[ids], size)
         self.tier[ids], self.split[ids] = -1, False  # nowhere, until placed again
 
-    def write(
-        self,
-        layer: np.ndarray | int,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        count: np.ndarray,
-        pos: np.ndarray,
-        fmt: Format,
-        tier: int = DEVICE,
-    ) -> np.ndarray:
-        """Seal new pages. k [n, 64, k_dim], v [n, 64, v_dim] un-rotated, count [n], pos [n, 64]. Returns ids [n]."""
-        if fmt.rotate:
-            k, v = hadamard(k.float()), hadamard(v.float())
-        return self.adopt(layer, (fmt.k.encode(k, self.dtype), fmt.v.encode(v, self.dtype)), count, pos, fmt, tier)
-
     def adopt(
         self,
         layer: np.ndarray | int,
@@ -287,17 +277,20 @@ class PagePool:
         layer: of all of them, or [n] layers of one size.
         """
         shape = self.layers[int(np.ravel(layer)[0])]
-        # As many ids to spare as there are pages: a change of plan must not have to pin memory first.
-        if len(self.free_ids) - len(count) < (live := len(self.ref) - len(self.free_ids)):
-            self._more_ids(len(count) + live)
+        self.spare_ids(len(count))
         ids = self.claim(layer, Kind(shape.k_dim, shape.v_dim, self.dtype, fmt, tier), count)
+        self.fill(ids, raw, pos)
+        return ids
+
+    def fill(self, ids: np.ndarray, raw: tuple[torch.Tensor, torch.Tensor], pos: np.ndarray) -> None:
+        """Give claimed pages of one kind their stored bytes, as `raw` gives them, and positions [n, 64]."""
         self.set_pos(ids, pos)
+        tier = int(self.tier[ids[0]])
         if tier != DEVICE:
             self.settle()
         for off, part in zip((self.k_off, self.v_off), raw, strict=True):
             pageops.store(self.arena(tier).data, torch.from_numpy(off[ids]), part)
         checksums.sign(self, ids)
-        return ids
 
     def raw(self, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored bytes of pages of one kind: uint8 [n, k_bytes], [n, v_bytes], on their tier."""
@@ -344,20 +337,6 @@ class PagePool:
             self.b_off[some] = -1
         self.free_ids = np.concatenate([dead.astype(np.int32), self.free_ids])
 
-    def tables(self, tier: int, *arrays: np.ndarray) -> list[torch.Tensor]:
-        """Arrays as int64 for kernels that work on pages of `tier`, in one transfer.
-
-        On a GPU the kernels reach host pages themselves, since these are pinned. A file's pages are not: tables that
-        stay on the processor make it do the work.
-        """
-        if tier == HOST and self.transfer:
-            self.fence()
-            self.transfer.idle = False
-        if tier == DISK:
-            self.settle()
-        joined = torch.from_numpy(np.concatenate(arrays, dtype=np.int64)).to("cpu" if tier == DISK else self.device)
-        return list(joined.split([len(a) for a in arrays]))
-
     def check_integrity(self) -> None:
         """Assert the invariants (integrity.py)."""
         integrity.check_pool(self)
@@ -378,7 +357,3 @@ def _alloc(arena: Arena, n: int, sizes: tuple[int, ...]) -> list[np.ndarray]:
             arena.free(off, size)
         raise
     return out
-
-
-def too_small(what: str, need: int, have: int) -> BudgetError:
-    return BudgetError(f"budget {have / 2**20:.2f} MiB is too small for {what}: at least {need / 2**20:.2f} MiB")

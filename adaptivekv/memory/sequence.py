@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from adaptivekv.kernels import PageBatch, pageops
+from adaptivekv.kernels import PageBatch
 from adaptivekv.kernels.codec import PAGE
-from adaptivekv.memory import change
+from adaptivekv.memory import change, pagelists, seal
 from adaptivekv.memory.arena import ArenaFull
-from adaptivekv.memory.bases import Bases
-from adaptivekv.memory.batches import page_batches
+from adaptivekv.memory.bases import Bases, clean
+from adaptivekv.memory.batches import Picker, page_batches
 from adaptivekv.memory.bounds import bounds_bytes
-from adaptivekv.memory.formats import FORMATS, Format
+from adaptivekv.memory.formats import Format
 from adaptivekv.memory.pages import PagePool
-from adaptivekv.memory.shapes import DEVICE, Kind
+from adaptivekv.memory.regions import Regions
+from adaptivekv.memory.shapes import DEVICE
 
 if TYPE_CHECKING:
     from adaptivekv.memory.shapes import LayerShape
-
-
-class Picker(Protocol):
-    """Chooses the pages of a decode step, the share `read` of them."""
-
-    @property
-    def read(self) -> float: ...
-
-    def pick(self, sequence: Sequence, layer: int, q: torch.Tensor) -> np.ndarray:
-        """q [H, G, k_dim] -> bool like `sequence.ids[layer]`."""
-
-
-NATIVE = FORMATS["native"]
 
 
 class Sequence:
@@ -60,52 +47,32 @@ class Sequence:
         self.bases: Bases | None = None  # of its low-rank pages
         self.retrieve: Picker | None = None  # which pages a decode step reads (None: all)
         self._batches: list[list[tuple[PageBatch, np.ndarray]] | None] = [None] * len(pool.layers)
-        self._regions: list[int] = []
+        self._claimed: list[np.ndarray] = []  # pages [H, n] of the layers that have yet to append in this step
         self.version = 0  # rises whenever pages change or move
         self.ring: list[torch.Tensor] = []  # per layer [q_heads, window, k_dim]
         self.ring_fill = 0  # queries it holds
-        item = pool.dtype.itemsize
-        try:
-            views = [
-                self._region_views([(s.heads, PAGE, s.k_dim), (s.heads, PAGE, s.v_dim)], item) for s in pool.layers
-            ]
-            self.tail_k, self.tail_v = [v[0] for v in views], [v[1] for v in views]
-            for view in self.tail_k + self.tail_v:
-                view.zero_()  # a kernel may read past the last token: what it finds must be numbers
-            if window:
+        self.tails = Regions(pool, [[(s.heads, PAGE, s.k_dim), (s.heads, PAGE, s.v_dim)] for s in pool.layers])
+        self.tail_k, self.tail_v = [k for k, _ in self.tails.tensors], [v for _, v in self.tails.tensors]
+        for part in self.tail_k + self.tail_v:
+            part.zero_()  # a kernel may read past the last token: what it finds must be numbers
+        self._ring = Regions(pool, [])
+        if window:
+            try:
                 self.open_ring(window)
-        except ArenaFull:
-            self._free_regions()
-            raise
+            except ArenaFull:
+                self.tails.free()
+                raise
         pool.sequences.append(self)
-
-    def _region_views(self, shapes: list[tuple[int, ...]], item: int) -> list[torch.Tensor]:
-        sizes = [int(np.prod(shape)) * item for shape in shapes]
-        offset, data = self.pool.region(sum(sizes))
-        self._regions.append(offset)
-        parts = torch.split(data[: sum(sizes)], sizes)
-        return [p.view(self.pool.dtype).view(shape) for p, shape in zip(parts, shapes, strict=True)]
 
     def open_ring(self, window: int) -> None:
         """Start keeping the last `window` queries of each layer. Raises ArenaFull where there is no room."""
-        at, item = len(self._regions), self.pool.dtype.itemsize
-        try:
-            ring = [self._region_views([(s.q_heads, window, s.k_dim)], item)[0] for s in self.pool.layers]
-        except ArenaFull:
-            self._free_regions(at)
-            raise
-        self.ring_at, self.ring, self.window, self.ring_fill = at, ring, window, 0
+        self._ring = Regions(self.pool, [[(s.q_heads, window, s.k_dim)] for s in self.pool.layers])
+        self.ring, self.window, self.ring_fill = [queries for (queries,) in self._ring.tensors], window, 0
 
     def drop_ring(self) -> None:
         """Give the observation ring's bytes back, once no stage needs it any more."""
-        if self.ring:
-            self._free_regions(self.ring_at)
-            self.ring, self.window = [], 0
-
-    def _free_regions(self, start: int = 0) -> None:
-        for offset in self._regions[start:]:
-            self.pool.free_region(offset)
-        del self._regions[start:]
+        self._ring.free()
+        self.ring, self.window = [], 0
 
     @staticmethod
     def fixed_bytes(layers: list[LayerShape], dtype: torch.dtype, window: int) -> int:
@@ -119,26 +86,25 @@ class Sequence:
         return (self.tail_len + n) // PAGE
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, pos: np.ndarray) -> None:
-        """Add the step's tokens to one layer: k [H, n, k_dim], v [H, n, v_dim], original positions [n]."""
+        """Add the step's tokens to one layer: k [H, n, k_dim], v [H, n, v_dim], original positions [n].
+
+        Layers come in order. The first one takes the room of all pages the step will seal: ArenaFull changes nothing.
+        """
         t, n = self.tail_len, k.shape[1]
         if t + n < PAGE:
             self.tail_k[layer][:, t : t + n] = k
             self.tail_v[layer][:, t : t + n] = v
             return
-        full = (t + n) // PAGE
-        heads, rest = len(k), (t + n) % PAGE
+        full, rest = (t + n) // PAGE, (t + n) % PAGE
+        if layer == 0:
+            self._unclaim()
+            self.pool.spare_ids(full * sum(s.heads for s in self.pool.layers))
+            self._claimed = seal.claim(self.pool, full)
         k = torch.cat([self.tail_k[layer][:, :t], k.to(self.pool.dtype)], 1)
         v = torch.cat([self.tail_v[layer][:, :t], v.to(self.pool.dtype)], 1)
-        page_pos = np.concatenate([self.tail_pos[:t], pos])[: full * PAGE].reshape(full, PAGE)
-        ids = self.pool.write(
-            layer,
-            k[:, : full * PAGE].reshape(heads * full, PAGE, -1),
-            v[:, : full * PAGE].reshape(heads * full, PAGE, -1),
-            np.full(heads * full, PAGE),
-            np.tile(page_pos, (heads, 1)),
-            NATIVE,
-        )
-        self._add_pages(layer, ids.reshape(heads, full))
+        ids = self._claimed.pop(0)
+        seal.write(self.pool, ids, k, v, np.concatenate([self.tail_pos[:t], pos]))
+        self._add_pages(layer, ids)
         self.tail_k[layer][:, :rest] = k[:, full * PAGE :]
         self.tail_v[layer][:, :rest] = v[:, full * PAGE :]
 
@@ -147,40 +113,18 @@ class Sequence:
         self.tail_pos[self.tail_len] = self.length
         self.tail_len, self.length = self.tail_len + 1, self.length + 1
 
-    def tail_offsets(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the tails lie in the device arena: byte offsets of keys and values, head by head through all layers."""
-        page, keys, values = PAGE * self.pool.dtype.itemsize, [], []
-        for s, base in zip(self.pool.layers, self._regions, strict=False):  # the ring's regions come after
-            keys.append(base + np.arange(s.heads) * page * s.k_dim)
-            values.append(base + page * (s.heads * s.k_dim + np.arange(s.heads) * s.v_dim))
-        return np.concatenate(keys), np.concatenate(values)
-
     def seal(self) -> None:
         """Turn a full tail, written from outside (a CUDA graph), into native pages of all layers and heads at once.
 
         Needs `tail_len` 64 and the positions in `tail_pos`; afterwards the tail is empty. ArenaFull changes nothing.
         """
         assert self.tail_len == PAGE
-        pool, heads = self.pool, np.array([s.heads for s in self.pool.layers])
-        layer = np.repeat(np.arange(len(heads)), heads)  # of each head
-        ids = np.full(len(layer), -1, np.int32)
-        try:
-            for model in np.unique(pool.model):
-                mine, shape = pool.model[layer] == model, pool.layers[model]
-                kind = Kind(shape.k_dim, shape.v_dim, pool.dtype, NATIVE, DEVICE)
-                ids[mine] = pool.claim(layer[mine], kind, np.full(mine.sum(), PAGE))
-        except ArenaFull:
-            pool.release(ids[ids >= 0])
-            raise
-        pool.set_pos(ids, np.broadcast_to(self.tail_pos, (len(ids), PAGE)))
-        data, (k_from, v_from) = pool.arena(DEVICE).data, self.tail_offsets()
-        for model in np.unique(pool.model):
-            mine, shape = pool.model[layer] == model, pool.layers[model]
-            tables = pool.tables(DEVICE, k_from[mine], v_from[mine], pool.k_off[ids[mine]], pool.v_off[ids[mine]])
-            for i, dim in enumerate((shape.k_dim, shape.v_dim)):
-                pageops.copy_parts(data, data, tables[i], tables[i + 2], PAGE * dim * pool.dtype.itemsize)
-        for i, column in enumerate(np.split(ids, np.cumsum(heads)[:-1])):
-            self._add_pages(i, column[:, None])
+        columns = seal.claim(self.pool, 1)
+        ids = np.concatenate(columns)[:, 0]
+        self.pool.set_pos(ids, np.broadcast_to(self.tail_pos, (len(ids), PAGE)))
+        seal.copy_tails(self.pool, ids, *self.tails.heads)
+        for layer, column in enumerate(columns):
+            self._add_pages(layer, column)
         self.tail_len = 0
 
     def commit(self, pos: np.ndarray) -> None:
@@ -203,17 +147,15 @@ class Sequence:
         return self.ring[layer][:, self.window - self.ring_fill :]
 
     def _add_pages(self, layer: int, ids: np.ndarray) -> None:
-        """Append a rectangle of page ids [H, n] behind each head's last page."""
-        heads, n = ids.shape
-        ends = (self.ids[layer] >= 0).sum(1)
-        grow = max(0, int(ends.max(initial=0)) + n - self.ids[layer].shape[1])
-        if grow:
-            more = np.full((heads, grow), -1, np.int32)
-            self.ids[layer] = np.concatenate([self.ids[layer], more], 1)
-            self.mass[layer] = np.concatenate([self.mass[layer], np.full((heads, grow), np.nan, np.float32)], 1)
-        cols = ends[:, None] + np.arange(n)
-        self.ids[layer][np.arange(heads)[:, None], cols] = ids
+        """Append page ids [H, n] behind each head's last page."""
+        self.ids[layer], self.mass[layer] = pagelists.append(self.ids[layer], self.mass[layer], ids)
         self.touch(layer)
+
+    def _unclaim(self) -> None:
+        """Give back the pages of a step that something has stopped half way."""
+        for ids in self._claimed:
+            self.pool.release(ids.ravel())
+        self._claimed = []
 
     def touch(self, layer: int | None = None) -> None:
         """Forget what attention prepared for a layer (all layers), because its pages changed or moved."""
@@ -256,7 +198,7 @@ class Sequence:
 
         All but what ArenaFull prevents: copies of shared pages, for the others fit the room they leave.
         """
-        table, cells = self._chosen(select)
+        table, cells = pagelists.chosen(self.ids, select)
         self.touch()
         if fmt.rank:
             assert self.bases
@@ -267,7 +209,7 @@ class Sequence:
             new = change.convert(self.pool, old, fmt)
             if new is not old:  # copied
                 table[cells[at]] = new
-                self._fill(table)
+                pagelists.fill(self.ids, table)
 
     def move(self, select: list[np.ndarray], tier: int, split: bool = False) -> None:
         """Bring the selected pages (a bool array like `ids[layer]` for each layer) to `tier`.
@@ -275,14 +217,14 @@ class Sequence:
         split: to the host their values alone, and their keys to the device.
         All but the kinds of page for which ArenaFull is raised.
         """
-        table, cells = self._chosen(select)
+        table, cells = pagelists.chosen(self.ids, select)
         for sequence in self.pool.sequences:  # the pages may be shared
             sequence.touch()
         change.move(self.pool, table[cells], tier, split)
 
     def drop(self, select: list[np.ndarray]) -> None:
         """Evict the selected pages whole (a bool array like `ids[layer]` for each layer)."""
-        table, cells = self._chosen(select)
+        table, cells = pagelists.chosen(self.ids, select)
         if len(cells):
             gone = table[cells]
             table[cells] = -1
@@ -292,36 +234,12 @@ class Sequence:
             self.pool.release(gone)
 
     def cells(self) -> tuple[np.ndarray, np.ndarray]:
-        """All tables end to end: the head of each cell, numbered through all layers, and its page (-1: none)."""
-        widths = np.repeat([ids.shape[1] for ids in self.ids], [len(ids) for ids in self.ids])
-        return np.repeat(np.arange(len(widths)), widths), np.concatenate(
-            [ids.ravel() for ids in self.ids], dtype=np.int64
-        )
-
-    def _chosen(self, select: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """All tables end to end (int64, which numpy indexes with twice as fast), and the selected cells with a page."""
-        table = np.concatenate([ids.ravel() for ids in self.ids], dtype=np.int64)
-        chosen = np.concatenate([s.ravel() for s in select])
-        return table, np.flatnonzero(chosen & (table >= 0))
-
-    def _fill(self, table: np.ndarray) -> None:
-        """Take over the page ids of tables laid end to end; no shape changes."""
-        ends = np.cumsum([ids.size for ids in self.ids])
-        for ids, part in zip(self.ids, np.split(table, ends[:-1]), strict=True):
-            ids[:] = part.reshape(ids.shape)
+        """The head and the page of every cell (pagelists.py)."""
+        return pagelists.cells(self.ids)
 
     def assign(self, row: np.ndarray, ids: np.ndarray, mass: np.ndarray) -> None:
         """Make all tables anew: page ids and their masses, head by head through all layers (`row`, sorted)."""
-        heads = np.cumsum([0, *(len(x) for x in self.ids)])
-        count = np.bincount(row, minlength=heads[-1])
-        column = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-        width = int(count.max(initial=0))
-        all_ids, all_mass = np.full((heads[-1], width), -1, np.int32), np.full((heads[-1], width), np.nan, np.float32)
-        all_ids[row, column], all_mass[row, column] = ids, mass
-        for layer, (first, last) in enumerate(pairwise(heads.tolist())):
-            width = int(count[first:last].max(initial=0))
-            self.ids[layer] = all_ids[first:last, :width].copy()
-            self.mass[layer] = all_mass[first:last, :width].copy()
+        self.ids[:], self.mass[:] = pagelists.arrange([len(x) for x in self.ids], row, ids, mass)
         self.touch()
 
     def slots(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -336,9 +254,8 @@ class Sequence:
         out = torch.zeros(len(ids), PAGE, self.pool.layers[layer].k_dim, device=self.pool.device)
         for group in self.pool.groups(ids[ids >= 0]):
             at = np.flatnonzero(np.isin(ids, group))
-            out[torch.from_numpy(at).to(out.device)] = self.pool.keys(ids[at])
-        used = torch.from_numpy(np.arange(PAGE) < np.where(ids >= 0, self.pool.count[ids], 0)[:, None])
-        return (out * used[..., None].to(out.device)).view(-1, out.shape[-1])
+            out[torch.from_numpy(at).to(out.device)] = clean(self.pool, ids[at], self.pool.keys(ids[at]))
+        return out.view(-1, out.shape[-1])
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on, sealed ones included; nothing is re-encoded.
@@ -353,9 +270,9 @@ class Sequence:
                 used, pos = self.slots(layer)
                 left.append((used & (pos < length)).sum(2))
                 cuts.append((left[layer] < used.sum(2)) & (left[layer] > 0))
-            table, cells = self._chosen(cuts)
+            table, cells = pagelists.chosen(self.ids, cuts)
             table[cells] = change.shorten(self.pool, table[cells], np.concatenate([n.ravel() for n in left])[cells])
-            self._fill(table)
+            pagelists.fill(self.ids, table)
             self.drop([n == 0 for n in left])
             self.touch()
         self.tail_len, self.length = kept, length
@@ -381,7 +298,9 @@ class Sequence:
         """Give everything back. The sequence is unusable afterwards."""
         self.pool.release(np.concatenate(list(self.pages()), dtype=np.int64))
         self.ids = [np.full((s.heads, 0), -1, np.int32) for s in self.pool.layers]
-        self._free_regions()
+        self._unclaim()
+        self.tails.free()
+        self._ring.free()
         self.leave_bases()
         self.pool.sequences.remove(self)
 
@@ -406,5 +325,5 @@ class Sequence:
         if tier == DEVICE:
             bound = np.bincount(pool.layer[ids[pool.b_off[ids] >= 0]], minlength=len(pool.layers))
             total += sum(int(n) * bounds_bytes(pool, layer) for layer, n in enumerate(bound) if n)
-            total += sum(pool.regions[r] for r in self._regions) + (self.bases.bytes() if self.bases else 0)
+            total += self.tails.bytes() + self._ring.bytes() + (self.bases.bytes() if self.bases else 0)
         return total

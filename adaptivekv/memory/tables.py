@@ -10,8 +10,9 @@ from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.kernels.table import ABSENT, FORMATS, ROTATED, TAIL, Launch, PageTable, page_time, plan_work
+from adaptivekv.memory.batches import Picker
 from adaptivekv.memory.formats import WITH_KERNEL
-from adaptivekv.memory.sequence import Picker, Sequence
+from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DEVICE, HOST
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class StepTables:
                 ids_host[layer, at, held.shape[1] :] = -1
                 mass_host[layer, at, : held.shape[1]] = np.nan_to_num(sequence.mass[layer], nan=-1.0)
                 width = max(width, held.shape[1])
-            for part, offsets in enumerate(sequence.tail_offsets()):
+            for part, offsets in enumerate(sequence.tails.heads):
                 self.tail_host.numpy()[part, :, at] = offsets.reshape(-1, self.heads)
             self.tails_host[i] = sequence.tail_len
         device = self.pool.device

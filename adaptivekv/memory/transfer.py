@@ -1,13 +1,18 @@
-"""Transfers between device and pinned host memory, on a stream of their own."""
+"""Transfers between device and pinned host memory, on a stream of their own, and kernels that reach host memory."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from adaptivekv.kernels import pageops
+from adaptivekv.memory.shapes import DISK, HOST
+
+if TYPE_CHECKING:
+    from adaptivekv.memory.pages import PagePool
 
 
 class Transfer:
@@ -65,3 +70,18 @@ class Transfer:
         if not self.idle:
             torch.cuda.synchronize(self.device)
             self.idle = True
+
+
+def kernel_tables(pool: PagePool, tier: int, *arrays: np.ndarray) -> list[torch.Tensor]:
+    """Arrays as int64 for kernels that work on pages of `tier`, in one transfer.
+
+    On a GPU the kernels reach host pages themselves, since these are pinned. A file's pages are not: tables that stay
+    on the processor make it do the work.
+    """
+    if tier == HOST and pool.transfer:
+        pool.fence()
+        pool.transfer.idle = False
+    if tier == DISK:
+        pool.settle()
+    joined = torch.from_numpy(np.concatenate(arrays, dtype=np.int64)).to("cpu" if tier == DISK else pool.device)
+    return list(joined.split([len(a) for a in arrays]))

@@ -1,0 +1,51 @@
+"""Small pools, sequences of random tokens, and what a sequence holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from adaptivekv.memory.pages import PagePool
+from adaptivekv.memory.sequence import Sequence
+from adaptivekv.memory.shapes import LayerShape
+
+SHAPES = [LayerShape(2, 4, 16, 16), LayerShape(1, 4, 24, 16)]
+
+
+def pool(device_bytes=600_000, host_bytes=400_000, disk_bytes=200_000) -> PagePool:
+    return PagePool(SHAPES, torch.float32, "cpu", device_bytes, host_bytes, 30_000, disk_bytes)
+
+
+def feed(sequence: Sequence, n: int, seed: int = 0) -> None:
+    """n random tokens more."""
+    generator = torch.Generator().manual_seed(seed)
+    pos = sequence.length + np.arange(n)
+    for layer, s in enumerate(SHAPES):
+        k = torch.randn(s.heads, n, s.k_dim, generator=generator)
+        v = torch.randn(s.heads, n, s.v_dim, generator=generator)
+        sequence.append(layer, k, v, pos)
+        if sequence.window:
+            sequence.observe(layer, torch.randn(s.q_heads, n, s.k_dim, generator=generator))
+    sequence.commit(pos)
+
+
+def content(sequence: Sequence) -> dict[tuple[int, int, int], torch.Tensor]:
+    """(layer, head, position) -> key and value as attention sees them."""
+    out = {}
+    for layer, table in enumerate(sequence.ids):
+        used, pos = sequence.slots(layer)
+        for head, column in np.argwhere(table >= 0):
+            k, v = sequence.pool.read(table[head, column : column + 1])
+            for slot in np.flatnonzero(used[head, column]):
+                out[layer, int(head), int(pos[head, column, slot])] = torch.cat([k[0, slot], v[0, slot]])
+        k, v = sequence.tail(layer)
+        for slot in range(sequence.tail_len):
+            for head in range(len(k)):
+                out[layer, head, int(sequence.tail_pos[slot])] = torch.cat([k[head, slot], v[head, slot]])
+    return out
+
+
+def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert (a[key] - b[key]).abs().max() <= tolerance, key
