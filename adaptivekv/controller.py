@@ -27,11 +27,11 @@ CANDIDATES = (
     "full", "int8", "int4", "tuned(0.5)", "k4v2", "int2", "snapkv(0.5, pool=32)", "snapkv(0.5, pool=32) | int4",
     "snapkv(0.5, pool=32) | k4v2", "snapkv(0.25, pool=32) | k4v2", "keydiff(0.5) | int4", "streaming(0.25) | int4",
     "offload(0.15)", "int8 | offload(0.35)", "int4 | offload(0.3)", "k4v2 | offload(0.3)",
-    "snapkv(0.5, pool=32) | k4v2 | offload(0.3)", "int4 | retrieve(0.25)", "int8 | offload(0.35) | retrieve(0.25)",
+    "snapkv(0.5, pool=32) | k4v2 | offload(0.3)",
 )  # fmt: skip
 """The plans a controller chooses among unless it is told others."""
 
-KAPPA = 0.1  # price of a host byte-second against a device byte-second
+KAPPA = 0.1  # price of a host or disk byte-second against a device byte-second
 DEFAULT_QUALITY = 0.03  # nats per token
 STAY = 0.9  # a switch must cut the cost below this share, or the plan stays
 log = logging.getLogger("adaptivekv")
@@ -102,7 +102,7 @@ class Controller:
         request.prefilling = False
         if self.fixed is None:
             start = time.perf_counter()
-            request.facts |= probe_features(request.sequence)
+            request.facts |= attention_features(request.sequence) | probe_features(request.sequence)
             self.seconds += time.perf_counter() - start
         request.plan = self._decide(request, "prefill")
         if "recall" in request.plan.needs and request.sequence.recalled is None:
@@ -120,6 +120,7 @@ class Controller:
         request.generated += new
         self.steps += 1
         if request.generated // self.epoch > epoch and self.fixed is None:
+            request.facts |= attention_features(request.sequence)  # a step old; at a prompt's end the probe is newer
             plan = self._decide(request, "epoch")
             if plan != request.plan:
                 request.plan = plan
@@ -157,7 +158,7 @@ class Controller:
             request.facts |= logit_features(request.logits)
         ratio = request.budget / request.full if request.budget else 1.0
         values = request_features(request.prompt, request.new, request.generated, request.turn, ratio, self.quality)
-        values |= request.facts | attention_features(request.sequence)
+        values |= request.facts
         return values | system_features(pool, request.budget or pool.arena(DEVICE).capacity, request.full)
 
     def _decide(self, request: Request, moment: str) -> Plan:
@@ -169,7 +170,7 @@ class Controller:
         values = self.features(request)
         state = schema.row(values)
         prediction = self._predict(state)
-        device, host = self._sizes(request)
+        device, host, disk = self._sizes(request)
         room, host_room = self._room(request)
         reach = self._reachable(request)
         allowed = reach & (device <= room) & (host <= host_room)
@@ -178,7 +179,7 @@ class Controller:
         def choose(selector: Selector, seen: Prediction) -> tuple[int, str, np.ndarray, np.ndarray, np.ndarray]:
             """The plan under a selector and why, what it keeps within the SLO, and the high losses and costs."""
             loss = seen.loss_high * 10**selector.margin
-            cost = (device + KAPPA * host) * np.maximum(seen.step_ms, 1e-3)
+            cost = (device + KAPPA * (host + disk)) * np.maximum(seen.step_ms, 1e-3)
             good = allowed & (loss <= self.quality)
             if selector.margin == 0 and (good & ~self.evicts).any():
                 good &= ~self.evicts  # no later decision repairs one: only a certified selector may prefer an eviction
@@ -252,11 +253,11 @@ class Controller:
         probs[best] += 1 - probs.sum()
         return probs
 
-    def _sizes(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
-        """Device and host bytes of every plan once the answer is written."""
+    def _sizes(self, request: Request) -> tuple[np.ndarray, ...]:
+        """Device, host and disk bytes of every plan once the answer is written."""
         pool = request.sequence.pool
         sizes = [plan.estimate(pool.layers, pool.dtype, self._tokens(request)) for plan in self.plans]
-        return np.array([size["device"] for size in sizes]), np.array([size["host"] for size in sizes])
+        return tuple(np.array([size[tier] for size in sizes]) for tier in ("device", "host", "disk"))
 
     @staticmethod
     def _tokens(request: Request) -> int:
@@ -295,7 +296,8 @@ class Controller:
         keep, name = (evict.keep, evict.name) if evict else (1.0, "")
         if request.kept < 1 and not (keep < request.kept or (keep == request.kept and name == request.evictor)):
             return False
-        if plan.window and not request.sequence.ring and name != request.evictor and plan != request.plan:
+        done = (keep, name) == (request.kept, request.evictor) or plan == request.plan
+        if plan.window and not request.sequence.ring and not done:  # without its queries it evicts nothing more
             return False
         return all(quantize.reaches(fmt) for fmt in formats) if quantize else not formats
 

@@ -147,6 +147,7 @@ def test_bad_arguments(tmp_path):
     for wrong, message in (
         ({"scenario": "mixd"}, "by name there are edge, .*, mixed"), ({"requests": 0}, "requests is 0"),
         ({"plans": ["int5"]}, "did you mean"), ({"max_tokens": 5}, "max_tokens is 5"),
+        ({"plans": ["offload(0.3, host=0.5)"]}, "offloads to disk, whose time no label knows"),
     ):  # fmt: skip
         with pytest.raises(AdaptiveKVError, match=message):
             collect(**({"requests": 1, "out": tmp_path / "out"} | wrong))

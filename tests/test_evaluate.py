@@ -6,8 +6,9 @@ import torch
 from adaptivekv import AdaptiveCache, AdaptiveKVError
 from adaptivekv.controller import Controller
 from adaptivekv.memory.shapes import DEVICE
+from adaptivekv.trainer.branch import Branch
 from adaptivekv.trainer.evaluate import COLUMNS, NEW, evaluate
-from adaptivekv.trainer.replay import _Run, reference, replay
+from adaptivekv.trainer.replay import reference, replay
 from adaptivekv.trainer.tasks import BOOK, TASKS, Task, haystack, make
 
 LENGTH = 400
@@ -120,6 +121,8 @@ def test_losses_are_ordered_and_bytes_fall(read):
     assert 0 <= int8.kl_mean < 1e-3 < int2.kl_mean
     assert int2.device_bytes < int8.device_bytes < full.device_bytes
     assert offload.kl_mean < 1e-6 and offload.host_bytes > 0 and offload.device_bytes < full.device_bytes
+    disk = replay(read, "offload(0.3, host=0.3)")
+    assert (disk.device_bytes, disk.host_bytes) == (offload.device_bytes, offload.host_bytes)  # all that is below
 
 
 def test_eviction_sees_the_same_queries_as_a_cache_of_its_own(smol, needle):
@@ -151,13 +154,26 @@ def test_every_answer_of_a_conversation_counts(smol, needle, monkeypatch):
     assert [len(turn.tokens) for turn in made.turns] == [16, 16] and made.turns[1].ids == said
     assert made.length == len(document + question + said) + 32 == made.full_bytes // 23_040
     whole = {plan: replay(made, plan) for plan in ("full", "snapkv(0.5) | int4", "k4v2 | offload(0.3)")}
-    monkeypatch.setattr(_Run, "_forced", lambda run, tokens: (run.step([token]) for token in tokens))
+    monkeypatch.setattr(Branch, "force", lambda run, tokens: (run.step([token]) for token in tokens))
     for plan, run in whole.items():
         single = replay(made, plan).kl
         assert len(single) == 32 and single == pytest.approx(run.kl, abs=2e-3)  # of a sealed page: rounds otherwise
     assert whole["full"].kl_worst < ROUNDING < whole["snapkv(0.5) | int4"].kl_mean
     assert max(whole["snapkv(0.5) | int4"].kl[17:]) > ROUNDING, "the second answer is judged too"
     made.free()
+
+
+def test_an_answer_may_be_given(read):
+    """The reference's own greedy tokens, given, are the same reference; others have the logits of others."""
+    given = reference(read.loaded, read.ids, read.new, tokens=read.tokens, question_ids=read.question_ids)
+    assert given.tokens == read.tokens and torch.allclose(given.logits, read.logits, atol=2e-2)
+    given.free()
+    other = reference(read.loaded, read.ids, 70, tokens=read.ids[:70], question_ids=read.question_ids)
+    assert other.tokens == read.ids[:70] and (other.logits[1] - read.logits[1]).abs().max() > 1
+    assert replay(other, "full").kl_worst < ROUNDING
+    other.free()
+    with pytest.raises(AdaptiveKVError, match="new=2: the answer has 3 tokens"):
+        reference(read.loaded, read.ids, 2, tokens=[1, 2, 3])
 
 
 def test_a_budget_holds_and_the_controller_decides(read):

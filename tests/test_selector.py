@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as np_arrays
 
+from adaptivekv.controller import Controller
+from adaptivekv.decisions import Request
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
+from adaptivekv.plan import Plan
 from adaptivekv.selector import INPUTS, RuleTable, TreeSelector, load_or_rules
 
 export = pytest.importorskip("adaptivekv.trainer.export")
@@ -52,6 +56,23 @@ def models(one_thread) -> list[Any]:
 @pytest.fixture
 def folder(models, tmp_path):
     return export.save(tmp_path / "policy", export.flatten(models), "synthetic", {"0.01": "int4"}, {"select_cost": 0.5})
+
+
+def test_no_plan_evicts_by_queries_that_are_gone():
+    """What was evicted while they were there can be narrowed; more of it would be a plan in name only."""
+    request: Any = Request(SimpleNamespace(ring=[]), 0, 0, None, 0, kept=0.5, evictor="snapkv")
+    reach = {
+        text: Controller._can_become(request, Plan.parse(text), set())
+        for text in (
+            "snapkv(0.5)",
+            "snapkv(0.5) | int4",
+            "snapkv(0.25) | int4",
+            "tova(0.25)",
+            "streaming(0.25)",
+            "int4",
+        )
+    }
+    assert [text for text, fine in reach.items() if fine] == ["snapkv(0.5)", "snapkv(0.5) | int4", "streaming(0.25)"]
 
 
 def test_row_order_and_unknown_name():

@@ -1,6 +1,7 @@
 """The server with the official client: one real server for the module, and the engine behind it without Ray."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ pytest.importorskip("ray.serve")
 from adaptivekv.cluster.api import ChatRequest, Fault, Job
 from adaptivekv.cluster.app import build, serve
 from adaptivekv.cluster.conversations import Cut, Engine
+from adaptivekv.cluster.reload import reload
 from adaptivekv.trainer import trajectories
 
 KEY = "secret"
@@ -90,6 +92,25 @@ def test_models_and_health(server: Server) -> None:
     assert [model.id for model in server.client.models.list()] == ["smollm2"]
     assert server.client.models.retrieve("smollm2").owned_by == "adaptivekv"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "smollm2"}
+
+
+def test_a_restarted_replica_keeps_what_reload_gave(server: Server) -> None:
+    reload(server.url, KEY, selector="rules", margin=0.4)
+    psutil = pytest.importorskip("psutil")
+    (worker,) = [
+        child
+        for child in psutil.Process(server.process.pid).children(recursive=True)
+        if "ServeReplica" in child.name() + " ".join(child.cmdline()) and "Worker" in " ".join(child.cmdline())
+    ]
+    worker.kill()
+    end, answer = time.monotonic() + 120, None
+    while answer is None:
+        assert time.monotonic() < end
+        with contextlib.suppress(openai.InternalServerError):  # the worker died
+            answer = server.ask(max_tokens=2)
+    assert answer.kv["decisions"][-1]["selector"] == "rules~0.4"
+    assert not worker.is_running() and not list(server.trajectories.glob(".reload-*.json.*"))
+    assert reload(server.url, KEY, selector="champion")["margin"] != 0.4
 
 
 def test_metrics_count_what_was_served(server: Server) -> None:
@@ -245,7 +266,8 @@ def test_health_during_a_generation_and_a_client_that_leaves(server: Server) -> 
 def test_ctrl_c_ends_it_cleanly(server: Server) -> None:
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 0
-    assert server.log.read_text().splitlines() == [f"serving smollm2 on {server.url}/v1"]
+    said = [line for line in server.log.read_text().splitlines() if "(raylet)" not in line]  # of the killed replica
+    assert said == [f"serving smollm2 on {server.url}/v1"]
     rows = trajectories.read(server.trajectories).to_pylist()
     assert {row["scenario"] for row in rows} == {"serve"} and all(row["label_loss"] is None for row in rows)
     assert any(row["session_id"] == "words" for row in rows) and all(row["device_byte_s"] > 0 for row in rows)

@@ -5,7 +5,7 @@ import pytest
 
 from adaptivekv.trainer import ope
 
-from test_ope import TRUTH, X, bandit  # isort: skip
+from test_estimators import TRUTH, X, bandit  # isort: skip
 
 N = 3000
 

@@ -9,8 +9,10 @@ import os
 import re
 import signal
 import socket
+import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -77,6 +79,7 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     device, dtype = str(given.get("device", "auto")), str(given.get("dtype", "auto"))
     gpus = _gpus(device, dtype, replicas)
     model = absolute(str(given.get("model", DEFAULT)).strip())
+    folder = absolute(str(given["trajectories"]), True) if "trajectories" in given else None
     worker = cast(Deployment, Worker).options(
         num_replicas=replicas,
         max_ongoing_requests=WAITING,
@@ -85,7 +88,11 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         graceful_shutdown_timeout_s=20,
         health_check_period_s=5,
         max_constructor_retry_count=1,
-        user_config={"selector": absolute(str(given.get("selector", ALIAS))), "tracking_uri": tracking_of(given)}
+        user_config={
+            "selector": absolute(str(given.get("selector", ALIAS))),
+            "tracking_uri": tracking_of(given),
+            "reloaded": str(Path(folder or tempfile.gettempdir()) / f".reload-{uuid.uuid4().hex}.json"),
+        }
         | ({"shadow": absolute(str(given["shadow"]))} if "shadow" in given else {}),
         ray_actor_options={
             "num_cpus": 1,
@@ -96,7 +103,7 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         **({"request_router_config": {"request_router_class": ROUTER}} if replicas > 1 else {}),
     ).bind(
         model, "cuda" if gpus else "cpu", dtype, threads, _number(given, "sessions", 4, 0),
-        absolute(str(given["trajectories"]), True) if "trajectories" in given else None, **options,
+        folder, **options,
     )  # fmt: skip
     ingress = cast(Deployment, Ingress).options(
         max_ongoing_requests=1000, graceful_shutdown_wait_loop_s=0.2, ray_actor_options={"num_cpus": 0}

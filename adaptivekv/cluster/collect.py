@@ -19,11 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from adaptivekv.cluster.workers import actors, replayed
-from adaptivekv.controller import CANDIDATES
+from adaptivekv.cluster.workers import actors, judged, replayed
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
-from adaptivekv.plan import Plan
 from adaptivekv.trainer import dataset, scoring, tracking, trajectories, workload
 
 ARTIFACTS = "trajectories"
@@ -66,7 +64,7 @@ def collect(
             raise AdaptiveKVError(f"collect: {name} is {value}; at least {least[name]}")
     model = str(Path(model).resolve()) if model and Path(model).is_dir() else model
     mix = scenario if isinstance(scenario, workload.Scenario) else workload.load(scenario or "mixed")
-    names = tuple(dict.fromkeys(["full", *(str(Plan.parse(plan)) for plan in plans or CANDIDATES)]))
+    names = judged(plans, "collect")
     drawn = workload.draw(mix, requests, seed, max_tokens, splits or None)
     settings = {
         "scenario": dataclasses.asdict(mix), "seed": seed, "plans": list(names), "max_tokens": max_tokens,

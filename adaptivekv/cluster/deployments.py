@@ -6,7 +6,9 @@ No postponed annotations here: Serve pickles the routes by value, without the gl
 import asyncio
 import contextlib
 import hmac
+import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -25,6 +27,7 @@ from starlette.exceptions import HTTPException
 from adaptivekv.cluster.api import Asked, ChatRequest, Fault, Job, Reload, TextRequest, invalid
 from adaptivekv.cluster.metrics import CONTENT_TYPE, Metrics
 from adaptivekv.cluster.replies import Event, Reply, model_card
+from adaptivekv.errors import AdaptiveKVError
 
 SESSION_HEADER = "x-session-id"
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
@@ -61,15 +64,35 @@ class Worker:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """`{"selector": "champion" | "rules" | path, "tracking_uri", "margin", "epsilon", "shadow"}`, as Engine takes
-        them; other keys only make it look new."""
-        await self.reload(config)
+        them; other keys only make it look new. `reloaded`: a file of what `reload` gave this server since, which a
+        replica that Serve restarts takes up too."""
+        self.file = config.get("reloaded")
+        reloaded = _read(self.file)
+        try:
+            await self._take(config | reloaded)
+        except AdaptiveKVError as error:  # a selector that is gone, a margin below that of a newer champion
+            if not reloaded:
+                raise
+            log.error(f"{error}; starting as the server did")
+            await self._take(config)
 
     async def reload(self, config: dict[str, Any]) -> dict[str, Any]:
         """The same for a replica that runs: the selector and margin now in force, and why they are not those asked for,
         or None."""
-        known = ("selector", "tracking_uri", "margin", "epsilon", "shadow")
-        fault = await self.engine.reconfigure(**{key: config[key] for key in known if key in config})
+        fault = await self._take(config)
+        if fault is None and self.file:
+            now = self.engine.settings | {key: config[key] for key in ("margin",) if key in config}
+            temporary = Path(f"{self.file}.{os.getpid()}")
+            try:
+                temporary.write_text(json.dumps(now))
+                os.replace(temporary, self.file)
+            except OSError as error:
+                log.error(f"reload: not kept for replicas that restart ({error})")
         return {"selector": self.engine.selector.name, "margin": self.engine.margin, "fault": fault}
+
+    async def _take(self, config: dict[str, Any]) -> str | None:
+        known = ("selector", "tracking_uri", "margin", "epsilon", "shadow")
+        return await self.engine.reconfigure(**{key: config[key] for key in known if key in config})
 
     async def generate(self, job: Job) -> AsyncIterator[Event]:
         async with contextlib.aclosing(self.engine.generate(job)) as events:  # type: ignore[type-var]
@@ -81,6 +104,13 @@ class Worker:
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self.engine.close)
+
+
+def _read(file: str | None) -> dict[str, Any]:
+    try:
+        return dict(json.loads(Path(file or "").read_text()))
+    except (OSError, ValueError, TypeError):  # nothing was reloaded
+        return {}
 
 
 def allowed(request: Request) -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adaptivekv.cluster.samples import Sample, labels_of, read
-from adaptivekv.cluster.workers import Worker, actors, on_cpu, replayed, row
-from adaptivekv.controller import CANDIDATES
+from adaptivekv.cluster.workers import Worker, actors, judged, on_cpu, replayed, row
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
-from adaptivekv.plan import Plan
 from adaptivekv.trainer import replay as replaying
 from adaptivekv.trainer import trajectories
 from adaptivekv.trainer.workload import Request
@@ -77,9 +75,9 @@ class Labeller(Worker):
     def replay(self, sample: Sample) -> list[dict[str, Any]] | str:
         if fault := self.load():
             return fault
-        plans = tuple(dict.fromkeys([*self.plans, sample.plan]))
         new = max(2, min(sample.tokens, self.new_tokens))
         try:
+            plans = judged([*self.plans, sample.plan], "label")
             reference = replaying.reference(self.loaded, sample.ids, new, stop=True, plans=plans)
             try:
                 state = [math.nan if value is None else value for value in sample.features]
@@ -108,5 +106,4 @@ def labellers(
     count: int, model: str | None, plans: Sequence[str] | None, new_tokens: int
 ) -> contextlib.AbstractContextManager[list[Any]]:
     """`count` Labellers of these plans (default: the controller's candidates)."""
-    names = tuple(dict.fromkeys(["full", *(str(Plan.parse(plan)) for plan in plans or CANDIDATES)]))
-    return actors(count, model, names, new_tokens, Labeller, "label")
+    return actors(count, model, judged(plans, "label"), new_tokens, Labeller, "label")

@@ -35,7 +35,7 @@ class Meter:
     def __init__(self, cache: AdaptiveCache):
         self.first = len(cache.requests[0].decisions) if cache.requests else 0  # older ones are an earlier answer's
         self.steps: list[tuple[int, bool, float, int, int, int]] = []
-        """(decision, whether it decoded, seconds, device bytes, host bytes, bytes moved between them)"""
+        """(decision, whether it decoded, seconds, device bytes, bytes on host and disk, bytes moved between tiers)"""
 
     @contextlib.contextmanager
     def step(self, cache: AdaptiveCache, tokens: int) -> Iterator[None]:
@@ -44,9 +44,9 @@ class Meter:
         yield
         seconds, pool = time.perf_counter() - start, cache.pool
         assert pool is not None
-        device = pool.device_used + pool.staging_bytes
+        device, below = pool.device_used + pool.staging_bytes, pool.host_used + pool.disk_used
         at = max(self.first, len(cache.requests[0].decisions) - 1)
-        self.steps.append((at, tokens == 1, seconds, device, pool.host_used, pool.moved_bytes - moved))
+        self.steps.append((at, tokens == 1, seconds, device, below, pool.moved_bytes - moved))
 
 
 class Recorder:

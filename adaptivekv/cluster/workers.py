@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from adaptivekv import model
-from adaptivekv.controller import Controller
+from adaptivekv.controller import CANDIDATES, Controller
 from adaptivekv.decisions import Request as CacheRequest
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
@@ -28,6 +28,19 @@ from adaptivekv.trainer.workload import Prompt, Request
 QUIET = ("RAY_USAGE_STATS_ENABLED=0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0")
 Job = TypeVar("Job")  # what a kind of worker replays
 VERSION = "replay"  # of the policy that "chose": none did, every plan was run
+
+
+def judged(plans: Sequence[str] | None, verb: str) -> tuple[str, ...]:
+    """The plans to be labelled, `full` first; default: the controller's candidates.
+
+    One that offloads to disk is refused: what it would cost is not known. No disk is drawn, and where the system keeps
+    the file in memory a step does not wait for one.
+    """
+    parsed = [Plan.parse(plan) for plan in plans or CANDIDATES]
+    for plan in parsed:
+        if (offload := plan.stage("offload")) and offload.disk:
+            raise AdaptiveKVError(f"{verb}: plan {plan} offloads to disk, whose time no label knows; leave it out")
+    return tuple(dict.fromkeys(["full", *map(str, parsed)]))
 
 
 class Worker:

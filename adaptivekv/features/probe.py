@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from adaptivekv.features.attention import summary
 from adaptivekv.features.schema import GROUPS, KEPT, NARROWED
+from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.distortion import distortion
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.observed import attention
@@ -27,6 +29,7 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
     lost_K: attention to the sealed slots outside the K percent that it looks at most, of 1, mean over heads; spread:
     standard deviation over heads of the same at 50 percent. norms: that of the key norms over their mean.
     error_F: squared error of the layer's attention output with its pages in format F, over the squared output.
+    sink, recent, entropy, top: of the page mass of these queries, as `attention_features` has them of later steps.
     """
     if not (sequence.ring and sequence.ring_fill and sequence.ids[0].size):
         return {}
@@ -35,7 +38,10 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
         if not len(part):
             continue
         layer = int(part[len(part) // 2])
-        lost = _lost(sequence, layer)  # [KEPT, H]
+        votes = [weights.mean((0, 1)) for weights in attention(sequence, layer, WINDOW)]  # of a head, [P * 64]
+        mass = torch.stack(votes).unflatten(1, (-1, PAGE)).sum(2).cpu().numpy()  # [H, P]
+        out |= {f"{name}_{group}": x for name, x in summary(mass).items()}
+        lost = _lost(sequence, layer, votes)  # [KEPT, H]
         out |= {f"lost_{100 * share:.0f}_{group}": float(x) for share, x in zip(KEPT, lost.mean(1), strict=True)}
         out[f"spread_{group}"] = float(lost[KEPT.index(0.5)].std())
         out[f"norms_{group}"] = _norms(sequence, layer)
@@ -46,18 +52,17 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
     return out
 
 
-def _lost(sequence: Sequence, layer: int) -> np.ndarray:
+def _lost(sequence: Sequence, layer: int, votes: list[torch.Tensor]) -> np.ndarray:
     """Attention lost if a head keeps the shares KEPT of its slots, the most looked at and the recent: [KEPT, H]."""
     used, pos = sequence.slots(layer)
     lost = np.zeros((len(KEPT), len(used)))
-    for head, weights in enumerate(attention(sequence, layer, WINDOW)):
-        votes = weights.mean((0, 1))
-        pooled = functional.avg_pool1d(votes[None], POOL, 1, POOL // 2, count_include_pad=False)[0, : len(votes)]
+    for head, vote in enumerate(votes):
+        pooled = functional.avg_pool1d(vote[None], POOL, 1, POOL // 2, count_include_pad=False)[0, : len(vote)]
         at, here = pos[head].ravel(), used[head].ravel()
         sure = (at < SINKS) | (at >= sequence.length - RECENT)
-        score = pooled.masked_fill(torch.from_numpy(sure & here).to(votes.device), torch.inf)
-        score = score.masked_fill(torch.from_numpy(~here).to(votes.device), -torch.inf)
-        falling = votes[score.argsort(descending=True)].cumsum(0).cpu().numpy()
+        score = pooled.masked_fill(torch.from_numpy(sure & here).to(vote.device), torch.inf)
+        score = score.masked_fill(torch.from_numpy(~here).to(vote.device), -torch.inf)
+        falling = vote[score.argsort(descending=True)].cumsum(0).cpu().numpy()
         kept = [max(1, round(share * sequence.length) - sequence.tail_len) for share in KEPT]
         lost[:, head] = [falling[-1] - falling[min(n, len(falling)) - 1] for n in kept]
     return lost

@@ -128,10 +128,10 @@ class Logged(Controller):
     def features(self, request: Any) -> dict[str, float]:
         return dict(zip(schema.NAMES, self.state.tolist(), strict=True))
 
-    def _sizes(self, request: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _sizes(self, request: Any) -> tuple[np.ndarray, ...]:
         prompt, new = (2.0 ** self.state[schema.NAMES.index(n)] for n in ("log2_prompt", "log2_new"))
         sizes = [plan.estimate(SHAPE, torch.bfloat16, round(prompt + new)) for plan in self.plans]
-        return np.array([size["device"] for size in sizes]), np.array([size["host"] for size in sizes])
+        return tuple(np.array([size[tier] for size in sizes]) for tier in ("device", "host", "disk"))
 
     def _room(self, request: Any) -> Any:
         return math.inf, math.inf  # the mask knows
