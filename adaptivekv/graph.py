@@ -29,8 +29,8 @@ COMPILE: dict[str, Any] = {
     "max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON", "max_autotune_report_choices_stats": False,
     "coordinate_descent_tuning": True,
 }  # fmt: skip
-"""A step reads all weights once. Tuned matrix kernels come closer to the memory's speed than the library's for a few
-rows, and for one row inductor writes products as reductions, fused with what stands around them."""
+"""How the step of a single row is compiled: inductor then writes products as reductions, fused with what stands around
+them. For several rows the library's matrix kernels are the faster ones (docs/kernels.md)."""
 
 
 def refused(cache: AdaptiveCache) -> str | None:
@@ -66,7 +66,10 @@ class GraphDecoder:
 
     def __init__(self, model: Any, cache: AdaptiveCache, compiled: bool = False):
         self.model, self.cache = model, cache
-        self.forward = torch.compile(model.forward, dynamic=False, options=COMPILE) if compiled else model.forward
+        self.forwards = [  # for several rows, for one
+            torch.compile(model.forward, dynamic=False, options=options) if compiled else model.forward
+            for options in (None, COMPILE)
+        ]
         self.tables: StepTables | None = None
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.tokens = self.positions = torch.zeros(0, 1, dtype=torch.int64, device=cache.device)
@@ -173,7 +176,7 @@ class GraphDecoder:
         return graph, logits
 
     def _forward(self) -> Tensor:
-        out = self.forward(
+        out = self.forwards[len(self.tokens) == 1](
             input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
