@@ -30,12 +30,17 @@ from adaptivekv.trainer.replay import reference, replay
 from adaptivekv.trainer.tasks import TASKS, haystack, make
 from experiments import front
 
-LOW = "k4v2(window=0, sinks=0)"
-KEPT = f"{LOW} | offload(0.3)"  # all of it, most of it in host memory
+LOW = "k4v2(window=0)"
 FRONT = {
-    True: (LOW, KEPT, *(f"snapkv({keep}, pool=32) | {LOW}" for keep in (0.7, 0.6, 0.5, 0.35)), f"kvzip(0.6) | {LOW}"),
-    False: (LOW, KEPT, *(f"kvzip({keep}) | {LOW}" for keep in (0.8, 0.75, 0.7, 0.6)), f"keydiff(0.8) | {LOW}"),
-}
+    True: (
+        "int4", LOW, *(f"snapkv({keep}, pool=32) | {LOW}" for keep in (0.7, 0.55)),
+        *(f"kvzip({keep}) | {LOW}" for keep in (0.7, 0.55)), "int2(window=0)", "offload(0.05)", f"{LOW} | offload(0.3)",
+    ),
+    False: (
+        "int4", LOW, *(f"kvzip({keep}) | {LOW}" for keep in (0.8, 0.7, 0.55)), f"keydiff(0.8) | {LOW}",
+        "int2(window=0)", "offload(0.05)", f"{LOW} | offload(0.3)",
+    ),
+}  # fmt: skip
 """What may reach the targets, with the question known (True) and not."""
 EVICTIONS = (
     "streaming", "snapkv", "h2o", "knorm", "keydiff", "tova", "expected", "morph", "nacl", "hashevict", "infinipot",

@@ -17,7 +17,7 @@ from adaptivekv.trainer.dataset import Rows
 from adaptivekv.trainer.scoring import QUALITIES, Choice, Played, Request
 from adaptivekv.trainer.train import fit
 
-STAGES = ("evict", "quantize", "offload", "retrieve")
+STAGES = ("evict", "quantize", "offload")  # no candidate retrieves
 TEXT = ("digit_share", "punct_share", "upper_share", "distinct_share")
 BLANKED = {
     "no attention, no probe": schema.ATTENTION + schema.PROBE + schema.KEYS,

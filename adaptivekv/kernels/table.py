@@ -144,9 +144,10 @@ def plan_work(code: Tensor, time: Tensor, processors: int, together: int) -> Wor
     spans = torch.stack([shares + count.cumsum(1) - count, count], 2)
     per_row = by_row.view(layers, rows, columns).sum(2)
     parts = torch.stack([per_row.cumsum(1) - per_row, per_row], 2)
-    present = torch.zeros(layers, 256, dtype=torch.int32, device=device).scatter_(1, code.long(), 1)
+    loop = torch.where(live, code % ROTATED, ROTATED).long()  # rotated pages take the loop of the others
+    loops = torch.zeros(layers, ROTATED + 1, dtype=torch.int32, device=device).scatter_(1, loop, 1)
     claims = torch.zeros(layers, _groups(processors) + 2, dtype=torch.int32, device=device)
-    claims[:, -1] = present[:, :ABSENT].sum(1) > FEW
+    claims[:, -1] = loops[:, :ROTATED].sum(1) > FEW
     return Work(items.int(), listed(slot, empty=-1).int(), turned.int(), spans.int(), parts.int(), claims)
 
 
