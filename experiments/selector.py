@@ -3,9 +3,9 @@
     python -m experiments.selector build/study --out experiments/results
 
 Reads <folder>/<scenario>/trajectories of `python -m experiments.champion`. Everything is fitted on split train, tuned
-on select, certified on certify and scored on test, which nothing else has looked at. Differences are paired, with 95 %
-intervals from a bootstrap over documents. Costs are (device bytes + 0.1 host bytes) x step time, relative to the
-request's full cache; *charged* adds a full cache where a request breaks its SLO.
+on select, certified on certify and scored on test. Differences are paired, with 95 % intervals from a bootstrap over
+documents. Costs are (device bytes + 0.1 host bytes) x step time, relative to the request's full cache; *charged* adds a
+full cache where a request breaks an SLO that a plan within its limits would have kept.
 """
 
 from __future__ import annotations

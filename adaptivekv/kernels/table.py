@@ -16,7 +16,7 @@ ABSENT = 255
 FORMATS = 11
 """Most runs of equal formats in a row: the formats of `memory`, and one more."""
 FEW = 3
-"""Formats whose loops fit a multiprocessor's instruction cache together (docs/kernels.md)."""
+"""Loops, one a pair of codecs, that fit a multiprocessor's instruction cache together (docs/kernels.md)."""
 
 TAIL = 255
 """In the low byte of a `keys` entry: as many slots as `tails` says."""
@@ -43,7 +43,7 @@ class Work:
     empty item; turned [I]: whether the result there is of rotated pages.
     spans [shares, 2]: a share's second item and how many there are from there on; parts [R, 2]: first result of a row
     and how many. claims [groups + 2]: shares taken in a launch, by each group of multiprocessors and in all, 0 between
-    launches; and whether shares are claimed at all, which pays for more than FEW formats.
+    launches; and whether shares are claimed at all, which pays for more than FEW loops.
     """
 
     items: Tensor
