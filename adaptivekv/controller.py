@@ -12,7 +12,6 @@ import numpy as np
 from adaptivekv.decisions import Decision, Request
 from adaptivekv.errors import AdaptiveKVError, BudgetError
 from adaptivekv.features import schema
-from adaptivekv.features.attention import attention_features
 from adaptivekv.features.probe import probe_features
 from adaptivekv.features.request import logit_features, request_features
 from adaptivekv.features.system import system_features
@@ -102,7 +101,7 @@ class Controller:
         request.prefilling = False
         if self.fixed is None:
             start = time.perf_counter()
-            request.facts |= attention_features(request.sequence) | probe_features(request.sequence)
+            request.facts |= probe_features(request.sequence)
             self.seconds += time.perf_counter() - start
         request.plan = self._decide(request, "prefill")
         if "recall" in request.plan.needs and request.sequence.recalled is None:
@@ -120,7 +119,6 @@ class Controller:
         request.generated += new
         self.steps += 1
         if request.generated // self.epoch > epoch and self.fixed is None:
-            request.facts |= attention_features(request.sequence)  # a step old; at a prompt's end the probe is newer
             plan = self._decide(request, "epoch")
             if plan != request.plan:
                 request.plan = plan

@@ -115,7 +115,8 @@ def test_the_coin_is_fair_and_seeded(tmp_path: Path) -> None:
     picked = np.array([[s.picks(f"chatcmpl-{i}") for i in range(4000)] for s in (one, other)])
     assert abs(picked.mean(1) - 0.2).max() < 0.03 and (picked[0] != picked[1]).mean() > 0.25
     assert one.picks("chatcmpl-7") == picked[0, 7]
-    for bad in ({"sample": 0.1}, {"sample": 2, "trajectories": "x"}, {"epsilon": "much"}):
+    disk = {"sample": 0.1, "trajectories": str(tmp_path), "plans": "full;int4 | offload(0.3, host=0.5)"}
+    for bad in ({"sample": 0.1}, {"sample": 2, "trajectories": "x"}, {"epsilon": "much"}, disk):
         with pytest.raises(AdaptiveKVError, match=next(iter(bad))):
             build(bad)
 

@@ -254,10 +254,23 @@ def test_a_step_without_room_in_all_layers_changes_none():
 def test_a_step_that_stops_half_way_keeps_no_room():
     sequence, shape = Sequence(p := pool()), SHAPES[0]
     k, v = torch.zeros(shape.heads, 64, shape.k_dim), torch.zeros(shape.heads, 64, shape.v_dim)
+    before = p.device_used
     for _ in range(2):  # and the next step does not take it twice
         sequence.append(0, k, v, np.arange(64))
+    sequence.truncate(0)
+    assert p.device_used == before
+    sequence.append(0, k, v, np.arange(64))
     sequence.free()
     p.check_integrity()
+    assert p.device_used == 0
+
+
+def test_a_ring_that_is_opened_again_takes_no_more():
+    sequence = Sequence(p := pool(), 8)
+    held = p.device_used
+    sequence.open_ring(8)
+    assert p.device_used == held
+    sequence.free()
     assert p.device_used == 0
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import tempfile
 import time
 import urllib.request
 import uuid
@@ -23,11 +22,13 @@ from ray import serve as ray_serve
 from ray.serve import Deployment
 
 from adaptivekv.cluster.deployments import Ingress, Worker, model_id
+from adaptivekv.cluster.workers import judged
 from adaptivekv.controller import DEFAULT_QUALITY
 from adaptivekv.embedded import DEFAULT, EMBEDDED, converted
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.formats import parse_bytes
 from adaptivekv.model import resolve_device, resolve_dtype
+from adaptivekv.paths import cache_root
 from adaptivekv.plan import Plan
 from adaptivekv.trainer import tracking
 from adaptivekv.trainer.registry import ALIAS, find_champion
@@ -72,6 +73,8 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     if "plans" in given:
         names = given["plans"].split(";") if isinstance(given["plans"], str) else given["plans"]
         options["plans"] = tuple(str(Plan.parse(name)) for name in names)
+        if options["sample"]:
+            judged(options["plans"], "sample")  # what no label can judge would count as a broken promise
     if not 0 <= options["quality"] < float("inf"):
         raise AdaptiveKVError(f"quality={options['quality']}: nats per token, 0 or more")
     if "budget" in given:
@@ -91,7 +94,7 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         user_config={
             "selector": absolute(str(given.get("selector", ALIAS))),
             "tracking_uri": tracking_of(given),
-            "reloaded": str(Path(folder or tempfile.gettempdir()) / f".reload-{uuid.uuid4().hex}.json"),
+            "reloaded": str(Path(folder or cache_root()) / f".reload-{uuid.uuid4().hex}.json"),
         }
         | ({"shadow": absolute(str(given["shadow"]))} if "shadow" in given else {}),
         ray_actor_options={

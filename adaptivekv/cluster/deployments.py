@@ -9,6 +9,7 @@ import hmac
 import json
 import logging
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -60,13 +61,14 @@ class Worker:
         torch.set_num_threads(threads)
         loaded = load(model, device, dtype)
         self.engine = make_engine(loaded, Options(**options), sessions, trajectories, sample, plans)
+        self.turn, self.file = asyncio.Lock(), ""  # one reload at a time
         freeze()
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """`{"selector": "champion" | "rules" | path, "tracking_uri", "margin", "epsilon", "shadow"}`, as Engine takes
         them; other keys only make it look new. `reloaded`: a file of what `reload` gave this server since, which a
         replica that Serve restarts takes up too."""
-        self.file = config.get("reloaded")
+        self.file = config.get("reloaded", "")
         reloaded = _read(self.file)
         try:
             await self._take(config | reloaded)
@@ -79,15 +81,17 @@ class Worker:
     async def reload(self, config: dict[str, Any]) -> dict[str, Any]:
         """The same for a replica that runs: the selector and margin now in force, and why they are not those asked for,
         or None."""
-        fault = await self._take(config)
-        if fault is None and self.file:
-            now = self.engine.settings | {key: config[key] for key in ("margin",) if key in config}
-            temporary = Path(f"{self.file}.{os.getpid()}")
-            try:
-                temporary.write_text(json.dumps(now))
-                os.replace(temporary, self.file)
-            except OSError as error:
-                log.error(f"reload: not kept for replicas that restart ({error})")
+        async with self.turn:
+            fault = await self._take(config)
+            if fault is None and self.file:
+                now = self.engine.settings | {key: config[key] for key in ("margin",) if key in config}
+                try:
+                    _keep(self.file, now)
+                except OSError as error:
+                    log.error(f"reload: not kept for replicas that restart ({error})")
+                    if _read(self.file) != now:  # better none than an older one
+                        with contextlib.suppress(OSError):
+                            os.unlink(self.file)
         return {"selector": self.engine.selector.name, "margin": self.engine.margin, "fault": fault}
 
     async def _take(self, config: dict[str, Any]) -> str | None:
@@ -106,9 +110,22 @@ class Worker:
         await asyncio.to_thread(self.engine.close)
 
 
-def _read(file: str | None) -> dict[str, Any]:
+def _keep(file: str, now: dict[str, Any]) -> None:
+    """Write it whole, readable by us alone, under a name that nobody can have taken before."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f"{Path(file).name}.", dir=Path(file).parent)
     try:
-        return dict(json.loads(Path(file or "").read_text()))
+        with os.fdopen(handle, "w") as out:
+            json.dump(now, out)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(Path(file).read_text()))
     except (OSError, ValueError, TypeError):  # nothing was reloaded
         return {}
 

@@ -1,21 +1,8 @@
-"""Features of where attention goes, from the page mass that the attention kernel leaves behind."""
+"""Features of where attention goes, from page mass: the attention that each page of 64 slots receives."""
 
 from __future__ import annotations
 
 import numpy as np
-
-from adaptivekv.features.schema import GROUPS
-from adaptivekv.memory.sequence import Sequence
-
-
-def attention_features(sequence: Sequence) -> dict[str, float]:
-    """`summary` for the early, middle and late third of the layers, averaged; empty until mass was measured."""
-    layers = [found for mass in sequence.mass if (found := summary(mass))]
-    out: dict[str, float] = {}
-    for group, part in zip(GROUPS, np.array_split(np.arange(len(layers)), len(GROUPS)), strict=True):
-        if len(part):
-            out |= {f"{key}_{group}": float(np.mean([layers[i][key] for i in part])) for key in layers[0]}
-    return out
 
 
 def summary(mass: np.ndarray) -> dict[str, float]:

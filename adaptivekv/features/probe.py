@@ -29,7 +29,7 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
     lost_K: attention to the sealed slots outside the K percent that it looks at most, of 1, mean over heads; spread:
     standard deviation over heads of the same at 50 percent. norms: that of the key norms over their mean.
     error_F: squared error of the layer's attention output with its pages in format F, over the squared output.
-    sink, recent, entropy, top: of the page mass of these queries, as `attention_features` has them of later steps.
+    sink, recent, entropy, top: of the page mass of these queries (attention.py).
     """
     if not (sequence.ring and sequence.ring_fill and sequence.ids[0].size):
         return {}

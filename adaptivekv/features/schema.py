@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
 
-VERSION = 3
+VERSION = 4
 
 REQUEST = (
     "log2_prompt",  # tokens of the prompt
@@ -25,7 +25,7 @@ REQUEST = (
     "log2_question",  # tokens after the document; NaN if unknown
 )
 GROUPS = ("early", "mid", "late")  # thirds of the layers
-# of page mass: that of the prompt's last queries, measured ones once an epoch has passed; NaN if there is neither
+# of the page mass of the prompt's last queries
 ATTENTION = tuple(f"{what}_{group}" for what in ("sink", "recent", "entropy", "top") for group in GROUPS)
 KEPT = (0.25, 0.5, 0.75)  # shares of the slots whose loss is probed
 NARROWED = ("int4", "k4v2", "int2")  # and formats

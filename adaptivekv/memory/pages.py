@@ -284,6 +284,8 @@ class PagePool:
 
     def fill(self, ids: np.ndarray, raw: tuple[torch.Tensor, torch.Tensor], pos: np.ndarray) -> None:
         """Give claimed pages of one kind their stored bytes, as `raw` gives them, and positions [n, 64]."""
+        if not len(ids):
+            return
         self.set_pos(ids, pos)
         tier = int(self.tier[ids[0]])
         if tier != DEVICE:

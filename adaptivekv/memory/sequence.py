@@ -66,7 +66,9 @@ class Sequence:
 
     def open_ring(self, window: int) -> None:
         """Start keeping the last `window` queries of each layer. Raises ArenaFull where there is no room."""
-        self._ring = Regions(self.pool, [[(s.q_heads, window, s.k_dim)] for s in self.pool.layers])
+        ring = Regions(self.pool, [[(s.q_heads, window, s.k_dim)] for s in self.pool.layers])
+        self._ring.free()
+        self._ring = ring
         self.ring, self.window, self.ring_fill = [queries for (queries,) in self._ring.tensors], window, 0
 
     def drop_ring(self) -> None:
@@ -263,6 +265,7 @@ class Sequence:
         Raises ArenaFull, and changes nothing, where there is no room for copies of shared pages.
         """
         assert 0 <= length <= self.length
+        self._unclaim()
         kept = int((self.tail_pos[: self.tail_len] < length).sum())
         if kept == 0:
             left, cuts = [], []

@@ -179,7 +179,7 @@ def _forced(run: Branch) -> Replay:
             held.append((len(logits), run.request.sequence.bytes(DEVICE)))
         ours, full = torch.cat(rows).float().log_softmax(-1), turn.logits
         losses += (full.exp() * (full - ours)).sum(-1).clamp_min(0.0).tolist()
-        flips += int((ours.argmax(-1).cpu() != torch.tensor(turn.tokens)).sum())
+        flips += int((ours.argmax(-1) != full.argmax(-1)).sum())
     pool, sequence = run.cache.pool, run.request.sequence
     assert pool is not None
     made = Replay(
