@@ -134,24 +134,35 @@ class Codec:
     def _fit(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`_quantize` over each row's range, or without its ends, whichever leaves the smaller squared error."""
         low, high = x.aminmax(dim=-1, keepdim=True)  # [n, 64, 1]
-        whole = self._quantize(x, low, high)
-        if self.bits not in CUT:
-            return whole
-        off = (high - low) * CUT[self.bits]
-        inner = self._quantize(x, low + off, high - off)
-        better = _error(x, *inner) < _error(x, *whole)
-        levels, scale, zero = (torch.where(better, a, b) for a, b in zip(inner, whole, strict=True))
-        return levels, scale, zero
+        scale, zero = self._grid(low, high)
+        if self.bits in CUT:
+            ends = (high - low) * CUT[self.bits]
+            inner = self._grid(low + ends, high - ends)
+            better = self._error(x, *inner) < self._error(x, scale, zero)
+            scale, zero = torch.where(better, inner[0], scale), torch.where(better, inner[1], zero)
+        return self._level(x, scale, zero).to(torch.uint8), scale, zero
 
     def _quantize(self, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Levels (uint8, like x), scales and zeros (float16, like `low` and `high`) for values in [low, high]."""
-        scale = ((high - low) / self._top).clamp_(max=HALF_MAX).half()
-        zero = low.clamp(-HALF_MAX, HALF_MAX).half()
-        # Levels are taken against the rounded pair, the one that decoding sees. A scale of 0 (a constant row, or a
-        # range below float16) gives level 0, and the row decodes to its zero.
+        scale, zero = self._grid(low, high)
+        return self._level(x, scale, zero).to(torch.uint8), scale, zero
+
+    def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero, float16, of levels over low to high."""
+        return ((high - low) / self._top).clamp_(max=HALF_MAX).half(), low.clamp(-HALF_MAX, HALF_MAX).half()
+
+    def _level(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Levels as float32, against the rounded pair, the one that decoding sees.
+
+        A scale of 0 (a constant row, or a range below float16) gives level 0, and the row decodes to its zero.
+        """
         step = scale.float()
-        levels = (x - zero.float()).div_(step.masked_fill(step == 0, torch.inf)).round_().clamp_(0, self._top)
-        return levels.to(torch.uint8), scale, zero
+        return (x - zero.float()).div_(step.masked_fill(step == 0, torch.inf)).round_().clamp_(0, self._top)
+
+    def _error(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Squared error of each row [..., 1]. In place: memory is short where pages are encoded."""
+        back = self._level(x, scale, zero).mul_(scale.float()).add_(zero.float())
+        return back.sub_(x).square_().sum(-1, keepdim=True)
 
     def _pack(self, levels: Tensor) -> Tensor:
         """uint8 levels [n, 64, dim] -> packed uint8 [n, 64, dim * bits / 8]."""
@@ -172,11 +183,6 @@ class Codec:
             # The last group has nothing above it, so its shift alone isolates it.
             levels[..., i * width : (i + 1) * width] = part if (i + 1) * self.bits == 8 else part & self._top
         return levels
-
-
-def _error(x: Tensor, levels: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Squared error of each row [..., 1]."""
-    return torch.addcmul(zero.float(), levels, scale.float()).sub_(x).square_().sum(-1, keepdim=True)
 
 
 def part_shape(x: Tensor) -> tuple[int, int]:
