@@ -275,8 +275,9 @@ def verdict(console: Console, ways: list[Way], facts: list[Fact], control: int) 
         console.print(f"{way.name}: {tail}; mean loss {sum(way.losses) / len(way.losses):.4f} nats per token")
     console.print(
         "The fact is asked for in the second turn; the first gave no reason to keep it, so a plan that evicts by the "
-        "first question loses it. On a CPU host, offloaded pages stay in the same RAM: the process falls less than the "
-        "device bytes.",
+        "first question loses it. What the full cache gets wrong too is the small model's own mistake: it often stops "
+        "within a number. On a CPU host, offloaded pages stay in the same RAM: the process falls less than the device "
+        "bytes.",
         style="dim",
     )
 
