@@ -127,4 +127,7 @@ def chosen(choose: scoring.Choice, requests: list[Request]) -> dict[str, dict[st
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AdaptiveKVError as error:
+        sys.exit(f"champion: {error}")

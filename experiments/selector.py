@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.selector import RuleTable
 from adaptivekv.trainer import dataset, goodput, plots, rivals, scoring, tracking
 from adaptivekv.trainer.dataset import Rows
@@ -316,4 +317,7 @@ def gap(found: dict[str, float]) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AdaptiveKVError as error:
+        sys.exit(f"selector: {error}")
