@@ -172,7 +172,7 @@ def attend_sequence(
 
     q [Hq, n, k_dim], k [H, n, k_dim], v [H, n, v_dim], rotary applied, pads removed. Stores nothing. With `stats`, the
     attention each page received goes into `sequence.mass`; with `recall`, the most that any new token paid each sealed
-    slot into `sequence.recalled`. Returns [Hq, n, v_dim] float32.
+    slot into `sequence.credits`. Returns [Hq, n, v_dim] float32.
     """
     heads, (q_heads, n, _) = len(k), q.shape
     group = q_heads // heads
@@ -205,7 +205,6 @@ def attend_sequence(
 
 def _credit(sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
     """The largest attention weight of any row to each sealed slot: rows [H, M, k_dim], lse [H, M]."""
-    assert sequence.recalled is not None
     used, pos = sequence.slots(layer)
     most = []
     for h, (queries, total) in enumerate(zip(rows.float(), lse, strict=True)):
@@ -219,7 +218,7 @@ def _credit(sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: fl
             best = torch.maximum(best, scores.sub_(norm[:, None]).amax(0))
         most.append(best)
     found = torch.stack(most).exp_().cpu().numpy()  # one wait a layer
-    for credit, new, here, at in zip(sequence.recalled[layer], found, used, pos, strict=True):
+    for credit, new, here, at in zip(sequence.credits["recall"][layer], found, used, pos, strict=True):
         mine = at[here]
         credit[mine] = np.maximum(credit[mine], new[here.ravel()])
 

@@ -26,6 +26,7 @@ from adaptivekv.memory.formats import FORMATS, parse_bytes
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.plan import Plan
+from adaptivekv.policies.eviction.surrogate import find
 from adaptivekv.recall import Recalling
 from adaptivekv.selector import Selector
 from adaptivekv.sizing import budget_bytes, capacity, full_bytes, make_pool
@@ -72,6 +73,12 @@ class AdaptiveCache(Cache):
                 raise AdaptiveKVError(f"plan {fixed} offloads to disk, but disk=0; give it disk bytes")
         self.max_new_tokens, self.max_tokens = max_new_tokens, max_tokens
         self.shapes = layer_shapes(model)
+        foretold = any("surrogate" in plan.needs for plan in self.controller.possible)
+        self.surrogate = find(model, self.shapes) if foretold else None
+        if fixed and "surrogate" in fixed.needs and not self.surrogate:
+            raise AdaptiveKVError(
+                f"plan {fixed}: needs a map fitted for this model; make one with `adaptivekv calibrate`"
+            )
         self.dtype, self.device = kv_dtype or model.dtype, model.device
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0
         self.pool, self.shared = pool, pool is not None
@@ -176,6 +183,7 @@ class AdaptiveCache(Cache):
         budget = budget_bytes(self.budget, self.shapes, length + new)
         if self.pool is None:
             self.pool = make_pool(self, 1, length + new, budget)
+        self.pool.surrogate = self.pool.surrogate or self.surrogate
         full = full_bytes(self.shapes, length + new)
         self.requests = [Request(load(self.pool), length, new, budget, full)]
         self.seen = length
@@ -295,6 +303,7 @@ class AdaptiveCache(Cache):
         budget = budget_bytes(self.budget, self.shapes, prompt + answer)
         if self.pool is None:
             self.pool = make_pool(self, rows, prompt + answer, budget * rows if budget else None)
+        self.pool.surrogate = self.pool.surrogate or self.surrogate
         for n in new:
             sequence = Sequence(self.pool, self.controller.window)
             length = n if self._expected is None else prompt

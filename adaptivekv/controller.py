@@ -23,10 +23,12 @@ from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector
 
 CANDIDATES = (
-    "full", "int8", "int4", "tuned(0.5)", "k4v2", "int2", "snapkv(0.5, pool=32)", "snapkv(0.5, pool=32) | int4",
-    "snapkv(0.5, pool=32) | k4v2", "snapkv(0.25, pool=32) | k4v2", "keydiff(0.5) | int4", "streaming(0.25) | int4",
-    "offload(0.15)", "int8 | offload(0.35)", "int4 | offload(0.3)", "k4v2 | offload(0.3)",
-    "snapkv(0.5, pool=32) | k4v2 | offload(0.3)",
+    "full", "int8", "tuned(0.5)", "int4", "int4(window=0)", "k4v2(window=0)", "int2", "kvzap(0.75)",
+    "kvzap(0.75) | int4(window=0)", "kvzap(0.6) | int4(window=0)", "kvzap(0.5) | int4(window=0)",
+    "kvzap(0.4) | int4(window=0)", "kvzap(0.3) | int4(window=0)", "kvzap(0.2) | int4(window=0)",
+    "kvzap(0.3) | k4v2(window=0)", "snapkv(0.5, pool=32) | int4(window=0)",
+    "offload(0.15)", "int8 | offload(0.35)", "int4(window=0) | offload(0.3)",
+    "kvzap(0.5) | int4(window=0) | offload(0.3)",
 )  # fmt: skip
 """The plans a controller chooses among unless it is told others."""
 
@@ -60,6 +62,7 @@ class Controller:
         self.names = [str(plan) for plan in self.plans]
         self.rows = np.stack([schema.row(p.features(), schema.PLAN_NAMES) for p in self.plans])
         self.evicts = np.array([plan.stage("evict") is not None for plan in self.plans])
+        self.foretold = np.array(["surrogate" in plan.needs for plan in self.plans])
         self.epoch, self.epsilon = epoch, epsilon
         self.rng = np.random.default_rng(seed)
         self.shadow: Selector | None = None  # a challenger that is asked too and never obeyed
@@ -104,7 +107,7 @@ class Controller:
             request.facts |= probe_features(request.sequence)
             self.seconds += time.perf_counter() - start
         request.plan = self._decide(request, "prefill")
-        if "recall" in request.plan.needs and request.sequence.recalled is None:
+        if "recall" in request.plan.needs and "recall" not in request.sequence.credits:
             raise AdaptiveKVError(
                 f"plan {request.plan}: the prompt must be read a second time before the first new token; use generate "
                 "with **cache.generate_kwargs, or call adaptivekv.recall.recall(model, cache, ids)"
@@ -276,9 +279,8 @@ class Controller:
         pool, sequence = request.sequence.pool, request.sequence
         codes = set().union(*(np.unique(pool.code[ids]).tolist() for ids in sequence.pages()))
         formats = {BY_CODE[code] for code in codes} - {FORMATS["native"]}
-        return np.array(
-            [self._can_become(request, plan, formats) and self._disk_has_room(request, plan) for plan in self.plans]
-        )
+        can = [self._can_become(request, plan, formats) and self._disk_has_room(request, plan) for plan in self.plans]
+        return np.array(can) & ~(self.foretold & (pool.surrogate is None))
 
     def _disk_has_room(self, request: Request, plan: Plan) -> bool:
         """Whether the disk holds what the plan would send there, what the request has there included."""

@@ -82,7 +82,7 @@ class Plan:
     def features(self) -> dict[str, float]:
         """Plan features as the selector sees them (features/schema.py)."""
         out = {"keep": 1.0, "k_bits": 16.0, "v_bits": 16.0, "device_share": 1.0, "read_share": 1.0}
-        out |= dict.fromkeys(("by_recency", "by_window", "by_mass", "by_recall", "log2_pool"), 0.0)
+        out |= dict.fromkeys(("by_recency", "by_window", "by_mass", "by_recall", "log2_pool", "log2_recent"), 0.0)
         for stage in self.stages:
             out |= stage.features()
         return out

@@ -24,11 +24,11 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
     """Credit every key that `cache` holds with the most attention that a token of `ids[:, start:]`, repeated, pays it.
 
     ids: int [B, n], the tokens seen, padding included; mask: which of them are real, [B, n] (None: all). Credits go to
-    `Sequence.recalled`; those of an earlier turn stay. Costs about as much as reading the prompt did; stores nothing.
+    `Sequence.credits`; those of an earlier turn stay. Costs about as much as reading the prompt did; stores nothing.
     """
     for sequence in cache.sequences:
-        old = sequence.recalled or [np.zeros((len(x), 0), np.float32) for x in sequence.ids]
-        sequence.recalled = [np.pad(x, ((0, 0), (0, sequence.length - x.shape[1]))) for x in old]
+        old = sequence.credits.get("recall") or [np.zeros((len(x), 0), np.float32) for x in sequence.ids]
+        sequence.credits["recall"] = [np.pad(x, ((0, 0), (0, sequence.length - x.shape[1]))) for x in old]
     real = torch.ones_like(ids) if mask is None else mask.to(ids)
     seen = torch.tensor([sequence.length for sequence in cache.sequences], device=ids.device)[:, None]
     cache.recalling = True

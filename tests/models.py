@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models import (
@@ -25,6 +28,10 @@ from transformers.models import (
     qwen3,
     qwen3_next,
 )
+
+from adaptivekv.layers import layer_shapes
+from adaptivekv.memory.shapes import LayerShape
+from adaptivekv.policies.eviction.surrogate import Surrogate, mark_of
 
 SMALL = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -110,3 +117,19 @@ def tiny(name: str = "llama", seed: int = 0) -> PreTrainedModel:
 def twins(name: str = "llama") -> tuple[PreTrainedModel, PreTrainedModel]:
     """Two models with the same weights: one for AdaptiveCache, one that stays as transformers made it."""
     return tiny(name), tiny(name)
+
+
+def calibrated(model: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives a model a map for `kvzap`, any map, where the cache looks for one."""
+    monkeypatch.setenv("ADAPTIVEKV_CACHE", str(folder))
+    (folder / "surrogates").mkdir()
+    random_surrogate(layer_shapes(model), mark_of(model)).save(folder / "surrogates" / "kvzap-tiny.npz")
+
+
+def random_surrogate(shapes: list[LayerShape], mark: np.ndarray | None = None) -> Surrogate:
+    rng, sizes = np.random.default_rng(0), [(s.heads * (s.k_dim + s.v_dim), s.heads) for s in shapes]
+    mean, weight, bias = (
+        [rng.standard_normal(size).astype(np.float32) for size in each]
+        for each in ([d for d, _ in sizes], sizes, [h for _, h in sizes])
+    )
+    return Surrogate(mean, weight, bias, np.zeros(256, np.float32) if mark is None else mark)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import CONFIGS, tiny, twins
+from models import CONFIGS, calibrated, tiny, twins
 from transformers import DynamicCache
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, BudgetError, Plan
@@ -59,6 +59,11 @@ def test_full_plan_equals_dynamic_cache(name):
     want = run(theirs, DynamicCache(config=theirs.config), turns, answers, chunk=64)
     assert (got - want).abs().max() <= 1e-4
     cache.pool.check_integrity()
+
+
+@pytest.fixture(autouse=True)
+def _calibrated(tmp_path, monkeypatch):
+    calibrated(tiny(), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("plan", PLANS)

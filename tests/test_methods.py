@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import calibrated, random_surrogate
 from models import tiny as tiny_model
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
@@ -23,6 +24,9 @@ METHODS: dict[str, Any] = {name: stage for name, stage in STAGES.items() if stag
 TOKENS, WINDOW, SCALE = 276, 32, 0.25  # a tail of 20: the protected window reaches into sealed pages
 
 
+SURROGATE = random_surrogate(SHAPES)
+
+
 class Tiny:
     """A sequence of random tokens, and the same keys, values and queries beside it, as plain tensors."""
 
@@ -31,6 +35,7 @@ class Tiny:
         self.sequence = Sequence(pool, WINDOW)
         self.sequence.scaling = SCALE
         self.generator = torch.Generator().manual_seed(0)
+        pool.surrogate = SURROGATE
         self.feed(TOKENS)
 
     def feed(self, n: int) -> None:
@@ -46,7 +51,8 @@ class Tiny:
         for layer, ids in enumerate(sequence.ids):
             columns = np.where(ids >= 0, np.arange(ids.shape[1]), -1)
             sequence.measure(layer, columns, torch.rand(ids.shape, generator=self.generator).numpy())
-        sequence.recalled = [torch.rand(s.heads, sequence.length, generator=self.generator).numpy() for s in SHAPES]
+        credits = [torch.rand(s.heads, sequence.length, generator=self.generator).numpy() for s in SHAPES]
+        sequence.credits["recall"] = credits
 
     def _random(self, heads: int, n: int, dim: int) -> torch.Tensor:
         return torch.randn(heads, n, dim, generator=self.generator) * torch.linspace(0.5, 2, heads)[:, None, None]
@@ -169,7 +175,17 @@ def qhitter(tiny, layer):
 
 def kvzip(tiny, layer):
     """What `adaptivekv.recall` credits, which has tests of its own."""
-    return torch.from_numpy(tiny.sequence.recalled[layer])
+    return torch.from_numpy(tiny.sequence.credits["recall"][layer])
+
+
+def kvzap(tiny, layer):
+    """All heads' keys and values of a token, less their mean, times the layer's map."""
+    mean, weight, bias = (getattr(SURROGATE, name)[layer] for name in ("mean", "weight", "bias"))
+    rows = [
+        torch.cat([torch.cat([k[t], v[t]]) for k, v in zip(tiny.k[layer], tiny.v[layer], strict=True)])
+        for t in range(TOKENS)
+    ]
+    return torch.stack([torch.from_numpy((row.numpy() - mean) @ weight + bias) for row in rows], 1)
 
 
 FORMULAS = [
@@ -178,7 +194,7 @@ FORMULAS = [
     ("knorm(0.5)", knorm), ("keydiff(0.5)", keydiff), ("tova(0.5)", tova), ("expected(0.5)", expected),
     ("morph(0.5)", morph), ("morph(0.5, fusion=sum)", lambda t, i: morph(t, i, torch.sum)), ("nacl(0.5)", nacl),
     ("hashevict(0.5)", hashevict), ("infinipot(0.5)", infinipot), ("duo(0.5)", duo),
-    ("kvzip(0.5)", kvzip), ("qhitter(0.5)", qhitter),
+    ("kvzip(0.5)", kvzip), ("kvzap(0.5)", kvzap), ("qhitter(0.5)", qhitter),
 ]  # fmt: skip
 
 
@@ -313,9 +329,10 @@ def test_heads_of_any_length_and_format_can_be_evicted_again(method, options):
 
 @pytest.mark.parametrize(("method", "options"), [m for m in MATRIX if m[0] in OWN or m[1] in OPTIONS[4:]])
 @torch.no_grad()
-def test_a_model_generates_with_every_method(method, options):
+def test_a_model_generates_with_every_method(method, options, tmp_path, monkeypatch):
     """Prompt in chunks, then decode past a sealed page: the share holds for the prompt, or for all if it grows."""
     model = tiny_model()
+    calibrated(model, tmp_path, monkeypatch)
     plan = Plan.parse(f"{method}(0.4{options})")
     cache = AdaptiveCache(model, plan=str(plan))
     ids = torch.randint(2, 160, (1, 330), generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.features import schema
 from adaptivekv.selector import RuleTable
 
 pytest.importorskip("mlflow")
@@ -46,8 +47,9 @@ def test_a_wider_margin_is_not_a_certificate() -> None:
     """A margin that is not 0 says "certified", which lets evictions in: widening must not."""
     plain = RuleTable()
     wide = Widened(plain, 0.3)
-    rows = np.array([[1, 4, 4, 1, 1] + [0] * 5, [1, 16, 16, 1, 1] + [0] * 5], np.float64)
-    state = np.full(60, np.nan)
+    rest = [0] * (len(schema.PLAN_NAMES) - 5)
+    rows = np.array([[1, 4, 4, 1, 1] + rest, [1, 16, 16, 1, 1] + rest], np.float64)
+    state = np.full(len(schema.NAMES), np.nan)
     before, after = (s.predict(state, rows) for s in (plain, wide))
     assert wide.margin == 0 and wide.name == "rules~0.3"
     assert after.loss_high == pytest.approx(before.loss_high * 10**0.3) and after.loss_high[1] == 0

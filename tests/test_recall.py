@@ -37,7 +37,7 @@ def test_credit_is_the_largest_attention_of_the_repeated_tokens(staging):
     with torch.no_grad():
         weights = model(torch.cat([ids, ids], 1), output_attentions=True).attentions
     (sequence,) = cache.sequences
-    for layer, credit in enumerate(sequence.recalled):
+    for layer, credit in enumerate(sequence.credits["recall"]):
         heads = len(credit)
         most = weights[layer][0, :, 200:, :192].amax(1).view(heads, -1, 192).amax(1)  # the last 8 tokens are the tail
         assert torch.allclose(torch.from_numpy(credit[:, :192]), most, atol=1e-5)
@@ -55,11 +55,11 @@ def test_rows_and_pads_and_turns():
     recall(model, both, ids, mask)
     alone = read(model, ids[1:, 50:])
     recall(model, alone, ids[1:, 50:])
-    for a, b in zip(both.sequences[1].recalled, alone.sequences[0].recalled, strict=True):
+    for a, b in zip(both.sequences[1].credits["recall"], alone.sequences[0].credits["recall"], strict=True):
         assert a.shape == b.shape and torch.allclose(torch.from_numpy(a), torch.from_numpy(b), atol=1e-5)
-    before = [credit.copy() for credit in alone.sequences[0].recalled]
+    before = [credit.copy() for credit in alone.sequences[0].credits["recall"]]
     recall(model, alone, ids[1:, 50:], start=150 - AGAIN)
-    assert all((a >= b).all() for a, b in zip(alone.sequences[0].recalled, before, strict=True))
+    assert all((a >= b).all() for a, b in zip(alone.sequences[0].credits["recall"], before, strict=True))
 
 
 def test_without_the_second_reading_one_clear_line():
@@ -82,7 +82,7 @@ def test_generate_and_session_and_replay_read_twice(smol):
     document = len(session.tokens)
     assert session.cache.sequences[0].held() == pytest.approx(0.4, abs=0.02)
     list(session.answer([{"role": "user", "content": text + "What jumps?"}], 4))
-    assert session.cache.sequences[0].recalled[0].shape[1] > document
+    assert session.cache.sequences[0].credits["recall"][0].shape[1] > document
     full = reference(smol, inputs.input_ids[0].tolist(), 4, plans=(PLAN,))
     out = replay(full, PLAN)
     assert out.kl_mean < 0.2 and out.device_bytes < 0.7 * full.full_bytes

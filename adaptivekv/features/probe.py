@@ -17,6 +17,7 @@ from adaptivekv.memory.distortion import distortion
 from adaptivekv.memory.formats import FORMATS
 from adaptivekv.memory.observed import attention
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies.eviction.surrogate import NAME, foretell
 
 WINDOW = 32  # queries asked
 POOL = 32  # neighbouring slots that are kept or lost together
@@ -27,13 +28,17 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
     """Empty without queries in the observation ring or pages to change.
 
     lost_K: attention to the sealed slots outside the K percent that it looks at most, of 1, mean over heads; spread:
-    standard deviation over heads of the same at 50 percent. norms: that of the key norms over their mean.
+    standard deviation over heads of the same at 50 percent. foretold_K: the same outside the K percent that `kvzap`
+    keeps, where the model has a surrogate. norms: standard deviation of the key norms over their mean.
     error_F: squared error of the layer's attention output with its pages in format F, over the squared output.
     sink, recent, entropy, top: of the page mass of these queries (attention.py).
     """
     if not (sequence.ring and sequence.ring_fill and sequence.ids[0].size):
         return {}
     out: dict[str, float] = {}
+    surrogate = sequence.pool.surrogate
+    if surrogate:
+        foretell(sequence, surrogate)
     for group, part in zip(GROUPS, np.array_split(np.arange(len(sequence.ids)), len(GROUPS)), strict=True):
         if not len(part):
             continue
@@ -44,6 +49,9 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
         lost = _lost(sequence, layer, votes)  # [KEPT, H]
         out |= {f"lost_{100 * share:.0f}_{group}": float(x) for share, x in zip(KEPT, lost.mean(1), strict=True)}
         out[f"spread_{group}"] = float(lost[KEPT.index(0.5)].std())
+        if surrogate:
+            for share, x in zip(KEPT, _foretold(sequence, layer, votes), strict=True):
+                out[f"foretold_{100 * share:.0f}_{group}"] = float(x)
         out[f"norms_{group}"] = _norms(sequence, layer)
         ids, pool = sequence.ids[layer], sequence.pool
         settled = (ids >= 0) & (pool.first[ids] >= SINKS) & (pool.last[ids] < sequence.length - RECENT)
@@ -54,18 +62,31 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
 
 def _lost(sequence: Sequence, layer: int, votes: list[torch.Tensor]) -> np.ndarray:
     """Attention lost if a head keeps the shares KEPT of its slots, the most looked at and the recent: [KEPT, H]."""
-    used, pos = sequence.slots(layer)
-    lost = np.zeros((len(KEPT), len(used)))
+    lost = []
     for head, vote in enumerate(votes):
         pooled = functional.avg_pool1d(vote[None], POOL, 1, POOL // 2, count_include_pad=False)[0, : len(vote)]
-        at, here = pos[head].ravel(), used[head].ravel()
-        sure = (at < SINKS) | (at >= sequence.length - RECENT)
-        score = pooled.masked_fill(torch.from_numpy(sure & here).to(vote.device), torch.inf)
-        score = score.masked_fill(torch.from_numpy(~here).to(vote.device), -torch.inf)
-        falling = vote[score.argsort(descending=True)].cumsum(0).cpu().numpy()
-        kept = [max(1, round(share * sequence.length) - sequence.tail_len) for share in KEPT]
-        lost[:, head] = [falling[-1] - falling[min(n, len(falling)) - 1] for n in kept]
-    return lost
+        lost.append(_outside(sequence, layer, vote[None], pooled[None], slice(head, head + 1)))
+    return np.stack(lost, 1)
+
+
+def _foretold(sequence: Sequence, layer: int, votes: list[torch.Tensor]) -> np.ndarray:
+    """The same if the layer keeps what `kvzap` would, its heads sharing the room: mean over them, [KEPT]."""
+    _, pos = sequence.slots(layer)
+    credit = sequence.credits[NAME][layer]
+    known = np.minimum(pos.reshape(len(pos), -1), credit.shape[1] - 1).clip(0)  # of an unused slot: never read
+    scores = torch.from_numpy(np.take_along_axis(credit, known, 1)).to(votes[0].device)
+    return _outside(sequence, layer, torch.stack(votes), scores, slice(None)) / len(votes)
+
+
+def _outside(sequence: Sequence, layer: int, votes: torch.Tensor, scores: torch.Tensor, heads: slice) -> np.ndarray:
+    """The votes [H, P * 64] of the sealed slots outside the best of these heads together, for each share KEPT."""
+    used, pos = (x[heads].reshape(len(votes), -1) for x in sequence.slots(layer))
+    sure = used & ((pos < SINKS) | (pos >= sequence.length - RECENT))
+    rank = scores.masked_fill(torch.from_numpy(sure).to(votes.device), torch.inf)
+    rank = rank.masked_fill(torch.from_numpy(~used).to(votes.device), -torch.inf)
+    falling = votes.flatten()[rank.flatten().argsort(descending=True)].cumsum(0).cpu().numpy()
+    kept = [len(votes) * max(1, round(share * sequence.length) - sequence.tail_len) for share in KEPT]
+    return np.array([falling[-1] - falling[min(n, len(falling)) - 1] for n in kept])
 
 
 def _norms(sequence: Sequence, layer: int) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
 
-VERSION = 4
+VERSION = 5
 
 REQUEST = (
     "log2_prompt",  # tokens of the prompt
@@ -31,7 +31,11 @@ KEPT = (0.25, 0.5, 0.75)  # shares of the slots whose loss is probed
 NARROWED = ("int4", "k4v2", "int2")  # and formats
 PROBE = tuple(
     f"{what}_{group}"
-    for what in (*(f"lost_{100 * kept:.0f}" for kept in KEPT), *(f"error_{name}" for name in NARROWED))
+    for what in (
+        *(f"lost_{100 * kept:.0f}" for kept in KEPT),
+        *(f"foretold_{100 * kept:.0f}" for kept in KEPT),
+        *(f"error_{name}" for name in NARROWED),
+    )
     for group in GROUPS
 )
 KEYS = tuple(f"{what}_{group}" for what in ("spread", "norms") for group in GROUPS)
@@ -52,8 +56,9 @@ PLAN_NAMES: tuple[str, ...] = (
     "by_recency",  # how an eviction chooses: by none of these, by the keys alone
     "by_window",  # by what the last queries look at
     "by_mass",
-    "by_recall",
+    "by_recall",  # by what a second reading looks at, or is expected to
     "log2_pool",  # neighbours whose scores are pooled
+    "log2_recent",  # log2(1 + recent tokens that lose no bits)
 )
 
 JOINT: tuple[str, ...] = ("lost", "lost_worst", "error", "error_worst")
@@ -64,30 +69,35 @@ groups of layers, and the worst of them. Made from the two rows, so trajectories
 def joint(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
     """state [F] or [n, F] and plans [n, PF] to [n, JOINT], NaN where the state was not probed.
 
-    Between the probed shares and formats it is interpolated. The probe keeps what the last queries look at: for an
-    eviction that chooses otherwise it is the least that could be lost.
+    Between the probed shares and formats it is interpolated. For an eviction by a second reading the probe keeps what
+    that is expected to find, else what the last queries look at: the least that any other eviction could lose.
     """
-    probed = state[..., _PROBE].reshape(*state.shape[:-1], len(KEPT) + len(NARROWED), len(GROUPS))
-    weights, all_lost = _weights(plans.tobytes(), plans.shape[1])
-    lost = all_lost[:, None] + (weights[:, None, : len(KEPT)] @ probed[..., : len(KEPT), :])[:, 0]  # [n, groups]
-    error = (weights[:, None, len(KEPT) :] @ probed[..., len(KEPT) :, :])[:, 0]
+    probed = state[..., _PROBE].reshape(*state.shape[:-1], 2 * len(KEPT) + len(NARROWED), len(GROUPS))
+    seen, foretold, errors = np.split(probed, (len(KEPT), 2 * len(KEPT)), axis=-2)
+    weights, all_lost, recalls = _weights(plans.tobytes(), plans.shape[1])
+    kept = np.where(recalls[:, None, None], foretold, seen)
+    lost = all_lost[:, None] + (weights[:, None, : len(KEPT)] @ kept)[:, 0]  # [n, groups]
+    error = (weights[:, None, len(KEPT) :] @ errors)[:, 0]
     return np.stack([lost.mean(1), lost.max(1), error.mean(1), error.max(1)], 1)
 
 
+_BY_RECALL = PLAN_NAMES.index("by_recall")
 _PROBE = slice(NAMES.index(PROBE[0]), NAMES.index(PROBE[-1]) + 1)
 
 
 @lru_cache(maxsize=64)
-def _weights(plans: bytes, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each probed value weighs in a plan's, [n, probes], and the share that is lost for certain, [n]."""
-    keep, k_bits, v_bits = np.frombuffer(plans).reshape(-1, width).T[:3]
+def _weights(plans: bytes, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each probed value weighs in a plan's, [n, KEPT + NARROWED], the share that is lost for certain, [n], and
+    whether it evicts by a second reading, bool [n]."""
+    columns = np.frombuffer(plans).reshape(-1, width).T
+    keep, k_bits, v_bits = columns[:3]
     shares = np.eye(len(KEPT) + 2)  # kept nothing, the probed shares, everything
     hats = np.stack([np.interp(keep, (0.0, *KEPT, 1.0), hat) for hat in shares], 1)
     # a bit more halves a step, so the squared error falls fourfold; native values make none
     int4 = np.interp(v_bits, (2, 4, 8, 16), (0, 1, 4.0**-4, 0))
     narrow = np.interp(k_bits, (2, 4), (1, 0))  # of the keys, as int2 has them
     k4v2 = np.interp(v_bits, (2, 4), (1, 0)) - narrow
-    return np.column_stack([hats[:, 1:-1], int4, k4v2, narrow]), hats[:, 0]
+    return np.column_stack([hats[:, 1:-1], int4, k4v2, narrow]), hats[:, 0], columns[_BY_RECALL] > 0
 
 
 def row(values: Mapping[str, float], names: Sequence[str] = NAMES) -> np.ndarray:

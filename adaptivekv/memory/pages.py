@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class PagePool:
         self.free_ids = np.zeros(0, np.int32)
         self.moved_bytes = 0  # between tiers, both directions
         self.reserved = 0  # device bytes kept free for the step under way
+        self.surrogate: Any = None  # foretells what tokens are worth (policies/eviction/surrogate.py)
 
     # -- arenas and regions ------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Sequence:
         self.ids = [np.full((s.heads, 0), -1, np.int32) for s in pool.layers]
         self.mass = [np.full((s.heads, 0), np.nan, np.float32) for s in pool.layers]
         self.protected: list[tuple[int, int]] = []  # spans of positions no eviction may take
-        self.recalled: list[np.ndarray] | None = None  # a layer [H, position]: attention paid by a second reading
+        self.credits: dict[str, list[np.ndarray]] = {}  # a layer [H, position]: what a token is worth, by who says so
         self.scaling = 1.0  # of attention scores, as the model says at its first step
         self.bases: Bases | None = None  # of its low-rank pages
         self.retrieve: Picker | None = None  # which pages a decode step reads (None: all)
@@ -279,6 +279,7 @@ class Sequence:
             self.drop([n == 0 for n in left])
             self.touch()
         self.tail_len, self.length = kept, length
+        self.credits = {name: [x[:, :length] for x in credit] for name, credit in self.credits.items()}
 
     def fork(self) -> Sequence:
         """A second sequence over the same sealed pages; the tail and the ring are copied."""
@@ -291,11 +292,14 @@ class Sequence:
         for ids in other.pages():
             self.pool.retain(ids)
         other.length, other.tail_len, other.tail_pos = self.length, self.tail_len, self.tail_pos.copy()
-        other.ring_fill = self.ring_fill
+        other.ring_fill, other.credits = self.ring_fill, self.copied_credits()
         other.protected, other.scaling, other.retrieve = list(self.protected), self.scaling, self.retrieve
         if self.bases:
             other.bases, self.bases.users = self.bases, self.bases.users + 1
         return other
+
+    def copied_credits(self) -> dict[str, list[np.ndarray]]:
+        return {name: [x.copy() for x in credit] for name, credit in self.credits.items()}
 
     def free(self) -> None:
         """Give everything back. The sequence is unusable afterwards."""

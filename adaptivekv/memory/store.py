@@ -54,6 +54,8 @@ def save(sequence: Sequence, path: str | Path) -> None:
                 tensors[f"{layer}.basis_{part}"] = basis.cpu().clone()
         if sequence.ring:
             tensors[f"{layer}.ring"] = sequence.ring[layer].cpu().clone()
+        for name, credit in sequence.credits.items():
+            tensors[f"{layer}.credit.{name}"] = torch.from_numpy(credit[layer].copy())
     tensors["tail_pos"] = torch.from_numpy(sequence.tail_pos.copy())
     numbers = {
         "length": sequence.length,
@@ -104,6 +106,9 @@ def load(pool: PagePool, path: str | Path) -> Sequence:
     sequence.length, sequence.tail_len, sequence.ring_fill = head["length"], head["tail_len"], head["ring_fill"]
     sequence.tail_pos[:] = tensors["tail_pos"].numpy()
     sequence.protected = [tuple(span) for span in head["protected"]]
+    layers = range(len(pool.layers))
+    for name in {key.split(".", 2)[2] for key in tensors if ".credit." in key}:
+        sequence.credits[name] = [tensors[f"{layer}.credit.{name}"].numpy().copy() for layer in layers]
     return sequence
 
 

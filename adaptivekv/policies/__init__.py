@@ -8,6 +8,7 @@ from adaptivekv.policies.eviction.hashevict import HashEvict
 from adaptivekv.policies.eviction.infinipot import InfiniPot
 from adaptivekv.policies.eviction.keydiff import KeyDiff
 from adaptivekv.policies.eviction.knorm import KNorm
+from adaptivekv.policies.eviction.kvzap import KVzap
 from adaptivekv.policies.eviction.kvzip import KVzip
 from adaptivekv.policies.eviction.morph import Morph
 from adaptivekv.policies.eviction.nacl import NACL
@@ -28,7 +29,7 @@ from adaptivekv.policies.retrieval.retrieve import Retrieve
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
     for stage in (
-        Streaming, SnapKV, H2O, KNorm, KeyDiff, TOVA, Expected, Morph, NACL, KVzip,
+        Streaming, SnapKV, H2O, KNorm, KeyDiff, TOVA, Expected, Morph, NACL, KVzip, KVzap,
         HashEvict, InfiniPot, Duo, QHitter,
         Int8, Int4, K4V2, Int2, FP8, Kivi4, Kivi42, Kivi2, KVQuant, HotCold, Tuned, Palu, Offload, Retrieve,
     )

@@ -14,6 +14,14 @@ from adaptivekv.memory.sequence import Sequence
 KINDS = ("evict", "quantize", "offload", "retrieve")
 """In the order in which a plan applies them."""
 
+NEEDS = {
+    "queries": "the prompt's last queries (the observation ring)",
+    "mass": "the attention that pages receive",
+    "recall": "a second reading of the prompt (`adaptivekv.recall`)",
+    "surrogate": "a map fitted once for the model (`adaptivekv calibrate`)",
+}
+"""What a stage may need beside the cache itself."""
+
 
 def share(name: str, value: object) -> float:
     """A share above 0 and at most 1, or an error naming the parameter."""
@@ -43,7 +51,7 @@ class Stage:
     name: ClassVar[str]
     kind: ClassVar[str]
     paper: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "queries" (the observation ring), "mass" (of pages)
+    needs: ClassVar[frozenset[str]] = frozenset()  # of NEEDS
     lossy: ClassVar[bool] = True
     undoable: ClassVar[bool] = False
     formula: ClassVar[str] = ""  # bytes, in words

@@ -195,7 +195,7 @@ def copy_sequence(source: Sequence, target: Sequence) -> None:
     target.length, target.tail_len, target.tail_pos = source.length, source.tail_len, source.tail_pos.copy()
     target.ring_fill = min(target.window, source.ring_fill)
     target.protected, target.scaling = list(source.protected), source.scaling
-    target.recalled = source.recalled and [credit.copy() for credit in source.recalled]
+    target.credits = source.copied_credits()
     target.touch()
 
 

@@ -1,4 +1,4 @@
-"""The learning verbs: collect, label, train, certify, ope, promote, reload, watch, loop, compare."""
+"""The learning verbs: calibrate, collect, label, train, certify, ope, promote, reload, watch, loop, compare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adaptivekv.console import Json, Model, Seed, Tracking, bar, err, out, show_facts
+from adaptivekv.console import Device, Json, Model, Seed, Tracking, bar, err, out, show_facts
 
 app = typer.Typer()
 
@@ -42,6 +42,29 @@ def collect(
             experiment, progress=lambda done, total: progress.update(job, completed=done, total=total), splits=split,
         )  # fmt: skip
     out(result) if json_ else show_facts("collect", result)
+
+
+@app.command()
+def calibrate(
+    model: Model = None,
+    file: Annotated[Path | None, typer.Option(help="a UTF-8 text; default: prompts of the mixed scenario")] = None,
+    requests: Annotated[int, typer.Option(min=5, help="prompts to read, twice each")] = 100,
+    max_tokens: Annotated[int, typer.Option(min=128, help="longest prompt")] = 4096,
+    seed: Seed = 0,
+    out_file: Annotated[Path | None, typer.Option("--out", help="default: where the cache finds it")] = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Fit what `kvzap` needs to know of a model: which tokens a second reading of a prompt would look at."""
+    from adaptivekv.trainer.calibrate import calibrate as run
+
+    with bar(json_) as progress:
+        job = progress.add_task("calibrate", total=requests)
+        result = run(
+            model, file, requests, max_tokens, seed, out_file, device,
+            progress=lambda done, total: progress.update(job, completed=done, total=total),
+        )  # fmt: skip
+    out(result) if json_ else show_facts("calibrate", result)
 
 
 @app.command()

@@ -115,7 +115,7 @@ class Eviction(Stage):
     def features(self) -> dict[str, float]:
         needs = type(self).needs
         how = {"by_recency": self.by == "recency", "by_window": "queries" in needs, "by_mass": "mass" in needs}
-        how |= {"by_recall": "recall" in needs}
+        how |= {"by_recall": bool({"recall", "surrogate"} & needs)}
         return {"keep": self.keep, "log2_pool": math.log2(getattr(self, "pool", 1))} | {
             k: float(v) for k, v in how.items()
         }

@@ -15,8 +15,8 @@ from adaptivekv.policies.eviction.base import Eviction
 class KVzip(Eviction):
     """A slot is worth the most attention that any token pays it while the prompt is repeated (`adaptivekv.recall`).
 
-    Heads share their layer's budget by default, as in the paper. The only score here that knows no question, and the
-    only one that costs a second reading of the prompt.
+    Heads share their layer's budget by default, as in the paper. The only score here that costs a second reading of the
+    prompt; like `kvzap`, it knows no question.
 
     Differs from the paper: budgets are shared among the heads of a layer, not over all layers; attention is measured
     against the whole cache, not against the repeated chunk alone; the repetition is not asked for in words (asking
@@ -28,14 +28,14 @@ class KVzip(Eviction):
     name: ClassVar[str] = "kvzip"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.23416"
     needs: ClassVar[frozenset[str]] = frozenset({"recall"})
+    by_credit: ClassVar[str] = "recall"  # in `Sequence.credits`
 
     def apply(self, sequence: Sequence) -> None:
-        if sequence.recalled is not None:  # while a prompt is still being read nothing can be said
+        if self.by_credit in sequence.credits:  # while a prompt is still being read nothing can be said
             super().apply(sequence)
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        assert sequence.recalled is not None
-        credit, (used, pos) = sequence.recalled[layer], sequence.slots(layer)
+        credit, (used, pos) = sequence.credits[self.by_credit][layer], sequence.slots(layer)
         known = used & (pos < credit.shape[1])  # the position of an unused slot is whatever memory held
         heads = np.arange(len(credit))[:, None, None]
         return np.where(known, credit[heads, np.where(known, pos, 0)], np.inf)  # what came later is kept

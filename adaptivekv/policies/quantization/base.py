@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +63,9 @@ class Quantize(Stage):
         """Device bytes that `layers` layers of one shape take beside their pages, once some have settled."""
         return 0
 
+    def recent(self) -> dict[str, float]:
+        return {"log2_recent": math.log2(1 + self.window)}
+
     def settled(self, sequence: Sequence) -> list[np.ndarray]:
         """The pages that this stage may touch, bool like `sequence.ids[layer]` for each layer."""
         return [settled(sequence, layer, self.window, self.sinks) for layer in range(len(sequence.ids))]
@@ -87,7 +91,7 @@ class Single(Quantize):
         return [(layers, column(shape, self.format, dtype, n))]
 
     def features(self) -> dict[str, float]:
-        return {"k_bits": float(self.format.k.bits), "v_bits": float(self.format.v.bits)}
+        return {"k_bits": float(self.format.k.bits), "v_bits": float(self.format.v.bits)} | self.recent()
 
 
 class Mixed(Quantize):
@@ -114,7 +118,7 @@ class Mixed(Quantize):
         return {
             "k_bits": share * high.k.bits + (1 - share) * low.k.bits,
             "v_bits": share * high.v.bits + (1 - share) * low.v.bits,
-        }
+        } | self.recent()
 
 
 def column(shape: LayerShape, fmt: Format, dtype: torch.dtype, n: int = 1) -> np.ndarray:

@@ -1,0 +1,147 @@
+"""Fits the map that foretells a second reading (policies/eviction/surrogate.py), once for a model.
+
+Each prompt is read twice, as `kvzip` does, and the logarithm of what every token was paid is regressed on its keys and
+values: ridge regression, from sums, so that any number of tokens fits in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaptivekv import model as models
+from adaptivekv.cache import AdaptiveCache
+from adaptivekv.console import read_text
+from adaptivekv.controller import Controller
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.kernels.codec import PAGE
+from adaptivekv.model import LoadedModel
+from adaptivekv.plan import Plan
+from adaptivekv.policies.eviction.surrogate import Surrogate, blocks, folder_of_own, held, mark_of
+from adaptivekv.recall import recall
+from adaptivekv.trainer import workload
+from adaptivekv.trainer.branch import feed
+
+FLOOR = 1e-5  # of attention; below, a token is worth nothing
+RIDGE = 1e-3  # of each input's variance
+HELD_OUT = 5  # every fifth prompt tells how good the map is; the map that is saved has seen it too
+
+
+@dataclass
+class Sums:
+    """What a linear regression needs of its data: of inputs [D + 1], the last of them 1, and targets [H]."""
+
+    xx: torch.Tensor  # [D + 1, D + 1]
+    xy: torch.Tensor  # [D + 1, H]
+    yy: torch.Tensor  # [H]
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor) -> Sums:
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1).double()
+        y = y.double()
+        return cls(x.T @ x, x.T @ y, (y * y).sum(0))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
+
+    @property
+    def count(self) -> torch.Tensor:
+        return self.xx[-1, -1]
+
+    def fit(self) -> torch.Tensor:
+        """[D + 1, H]: least squares, with a penalty in proportion to each input's variance."""
+        mean = self.xx[-1] / self.count
+        penalty = RIDGE * (self.xx.diagonal() - self.count * mean**2)
+        penalty[:-1] = penalty[:-1].clamp_min(1e-9 * self.count)  # an input that never changes
+        return torch.linalg.solve(self.xx + penalty.diag(), self.xy)
+
+    def explained(self, weight: torch.Tensor) -> float:
+        """R squared of a map on these data, all heads together."""
+        error = self.yy - 2 * (weight * self.xy).sum(0) + (weight * (self.xx @ weight)).sum(0)
+        spread = self.yy - self.xy[-1] ** 2 / self.count
+        return float(1 - error.sum() / spread.sum())
+
+
+def calibrate(
+    model: str | None = None,
+    file: Path | None = None,
+    requests: int = 100,
+    max_tokens: int = 4096,
+    seed: int = 0,
+    out: Path | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write the surrogate of a model to `out` (default: where `AdaptiveCache` finds it).
+
+    file: a text to read pieces of, `max_tokens` long (default: prompts of the mixed scenario's split train).
+    Returns file, prompts, tokens, r2 (of prompts that were held out), r2_worst (of any layer).
+    """
+    loaded = models.load(model, device)
+    if loaded.model.config.get_text_config().max_position_embeddings < max_tokens:
+        raise AdaptiveKVError(f"max_tokens={max_tokens}: more than the model's positions")
+    prompts = list(_pieces(loaded, file, max_tokens, requests) if file else _drawn(loaded, requests, max_tokens, seed))
+    seen: dict[bool, list[Sums]] = {}
+    tokens = 0
+    for i, ids in enumerate(prompts):
+        found = [Sums.of(x, y) for x, y in credited(loaded, ids)]
+        out_of_it = i % HELD_OUT == HELD_OUT - 1
+        old = seen.get(out_of_it)
+        seen[out_of_it] = [a + b for a, b in zip(old, found, strict=True)] if old else found
+        tokens += len(ids)
+        if progress:
+            progress(i + 1, len(prompts))
+    if len(seen) < 2:
+        raise AdaptiveKVError(f"requests={len(prompts)}: at least {HELD_OUT}, or a longer file")
+    r2 = [test.explained(train.fit()) for train, test in zip(seen[False], seen[True], strict=True)]
+    every = [train + test for train, test in zip(seen[False], seen[True], strict=True)]
+    path = out or folder_of_own() / f"kvzap-{Path(loaded.name).name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    surrogate(loaded, every).save(path)
+    return {
+        "file": str(path), "prompts": len(prompts), "tokens": tokens, "r2": float(np.mean(r2)), "r2_worst": min(r2),
+        "r2_layers": [round(x, 3) for x in r2],
+    }  # fmt: skip
+
+
+def surrogate(loaded: LoadedModel, layers: list[Sums]) -> Surrogate:
+    mean, weight, bias = [], [], []
+    for sums in layers:
+        fitted = sums.fit()
+        centre = (sums.xx[-1] / sums.count)[:-1]
+        mean.append(centre.float().cpu().numpy())
+        weight.append(fitted[:-1].float().cpu().numpy())
+        bias.append((fitted[-1] + centre @ fitted[:-1]).float().cpu().numpy())
+    return Surrogate(mean, weight, bias, mark_of(loaded.model))
+
+
+@torch.inference_mode()
+def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Layer by layer what all heads hold of each sealed token, [n, D], and the log of what it is paid, [n, H]."""
+    watch = Controller(Plan.parse("kvzip(1)"), watch=True, candidates=("full",))
+    cache = AdaptiveCache(loaded.model, controller=watch, max_tokens=len(ids) + PAGE, host=0)
+    cache.expect(len(ids), 1)
+    feed(loaded, cache, ids, 0)
+    recall(loaded.model, cache, torch.tensor([ids], device=loaded.device))
+    (sequence,) = cache.sequences
+    end = sequence.length - sequence.tail_len
+    for layer, credit in enumerate(sequence.credits["recall"]):
+        paid = torch.from_numpy(credit[:, :end].T).to(loaded.device).clamp_min(FLOOR).log()
+        absent = paid.new_zeros(paid.shape[1] * (cache.shapes[layer].k_dim + cache.shapes[layer].v_dim))
+        yield torch.cat([held(sequence, layer, a, b, absent) for a, b in blocks(sequence, 0, end)]), paid
+    cache.clear()
+
+
+def _drawn(loaded: LoadedModel, count: int, max_tokens: int, seed: int) -> Iterable[list[int]]:
+    requests = workload.draw(workload.load("mixed"), count, seed, max_tokens, only=("train",))
+    return (workload.write(request, loaded.tokenizer).ids for request in requests)
+
+
+def _pieces(loaded: LoadedModel, file: Path, size: int, count: int) -> Iterable[list[int]]:
+    ids = loaded.tokenizer(read_text(file), verbose=False).input_ids
+    return [ids[at : at + size] for at in range(0, len(ids) - PAGE, size)][:count]
