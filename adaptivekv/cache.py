@@ -26,6 +26,7 @@ from adaptivekv.memory.formats import FORMATS, parse_bytes
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.plan import Plan
+from adaptivekv.policies.base import NEEDS
 from adaptivekv.policies.eviction.surrogate import find
 from adaptivekv.recall import Recalling
 from adaptivekv.selector import Selector
@@ -75,10 +76,8 @@ class AdaptiveCache(Cache):
         self.shapes = layer_shapes(model)
         foretold = any("surrogate" in plan.needs for plan in self.controller.possible)
         self.surrogate = find(model, self.shapes) if foretold else None
-        if fixed and "surrogate" in fixed.needs and not self.surrogate:
-            raise AdaptiveKVError(
-                f"plan {fixed}: needs a map fitted for this model; make one with `adaptivekv calibrate`"
-            )
+        if (mine := self.controller.fixed) and "surrogate" in mine.needs and not self.surrogate:
+            raise AdaptiveKVError(f"plan {mine}: needs {NEEDS['surrogate']}, and there is none")
         self.dtype, self.device = kv_dtype or model.dtype, model.device
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0
         self.pool, self.shared = pool, pool is not None

@@ -19,6 +19,7 @@ from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
+from adaptivekv.policies.base import NEEDS
 from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector
 
@@ -109,8 +110,8 @@ class Controller:
         request.plan = self._decide(request, "prefill")
         if "recall" in request.plan.needs and "recall" not in request.sequence.credits:
             raise AdaptiveKVError(
-                f"plan {request.plan}: the prompt must be read a second time before the first new token; use generate "
-                "with **cache.generate_kwargs, or call adaptivekv.recall.recall(model, cache, ids)"
+                f"plan {request.plan}: needs {NEEDS['recall']} before the first new token; use generate with "
+                "**cache.generate_kwargs, or call adaptivekv.recall.recall(model, cache, ids)"
             )
         self._apply(request)
         if not self.watch:
@@ -174,6 +175,8 @@ class Controller:
         device, host, disk = self._sizes(request)
         room, host_room = self._room(request)
         reach = self._reachable(request)
+        if not reach.any() and request.plan in self.plans:  # nothing else can be had: it stays as it is
+            reach[self.plans.index(request.plan)] = True
         allowed = reach & (device <= room) & (host <= host_room)
         stay = self.plans.index(request.plan) if moment == "epoch" and request.plan in self.plans else None
 

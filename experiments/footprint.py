@@ -43,7 +43,17 @@ from adaptivekv.plan import Plan
 from adaptivekv.trainer.replay import Reference, reference, replay
 from adaptivekv.trainer.tasks import haystack, make
 
-PLANS = ("full", "int8", "int4", "k4v2", "int2", "snapkv(0.25)", "snapkv(0.5) | k4v2", "offload(0.25)")
+PLANS = (
+    "full",
+    "int8",
+    "int4",
+    "k4v2",
+    "int2",
+    "snapkv(0.25)",
+    "snapkv(0.5) | k4v2",
+    "kvzap(0.5) | int4(window=0)",
+    "offload(0.25)",
+)
 NO_KV = "no kv"
 CHUNK = 2 * PAGE  # prompt tokens a forward, the same for all plans
 TASKS = ("niah_multiquery", "niah_multikey", "niah_single")  # by sample

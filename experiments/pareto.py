@@ -44,7 +44,7 @@ FRONT = {
 """What may reach the targets, with the question known (True) and not."""
 EVICTIONS = (
     "streaming", "snapkv", "h2o", "knorm", "keydiff", "tova", "expected", "morph", "nacl", "hashevict", "infinipot",
-    "duo", "kvzip", "qhitter",
+    "duo", "kvzip", "kvzap", "qhitter",
 )  # fmt: skip
 METHODS = (
     *(f"{name}(0.5)" for name in EVICTIONS), "snapkv(0.5, heads=adaptive)", "snapkv(0.5, layers=pyramid)",

@@ -68,10 +68,12 @@ def test_joint_columns_follow_the_probe():
     """At the probed shares and formats the probe itself, between them in between, nothing for what loses nothing."""
     state = np.full(len(schema.NAMES), np.nan)
     values = {"lost_25": 0.4, "lost_50": 0.2, "lost_75": 0.1, "error_int4": 0.01, "error_k4v2": 0.04, "error_int2": 0.3}
+    values |= {"foretold_25": 0.3, "foretold_50": 0.15, "foretold_75": 0.05}
     for i, group in enumerate(schema.GROUPS):
         for name, value in values.items():
             state[schema.NAMES.index(f"{name}_{group}")] = value * (i + 1)
     plans = ("full", "int8", "int4", "k4v2", "int2", "tuned(0.5)", "snapkv(0.5)", "snapkv(0.375) | k4v2", "snapkv(0.1)")
+    plans += ("kvzap(0.5)",)
     controller = Controller(candidates=plans)
     got = dict(zip(plans, schema.joint(state, controller.rows), strict=True))
     assert got["full"] == pytest.approx([0, 0, 0, 0]) and got["int8"][2] == pytest.approx(0.02 / 256)
@@ -80,6 +82,7 @@ def test_joint_columns_follow_the_probe():
     assert got["tuned(0.5)"][2] == pytest.approx(0.05) and got["snapkv(0.5)"] == pytest.approx([0.4, 0.6, 0, 0])
     assert got["snapkv(0.375) | k4v2"] == pytest.approx([0.6, 0.9, 0.08, 0.12])
     assert got["snapkv(0.1)"][0] == pytest.approx(0.6 * 1 + 0.4 * 0.8)
+    assert got["kvzap(0.5)"][:2] == pytest.approx([0.3, 0.45])  # it keeps what a second reading would
     many = schema.joint(np.stack([state] * len(plans)), controller.rows)
     assert np.allclose(many, schema.joint(state, controller.rows))
     unknown = np.full(len(schema.NAMES), np.nan)

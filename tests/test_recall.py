@@ -62,6 +62,24 @@ def test_rows_and_pads_and_turns():
     assert all((a >= b).all() for a, b in zip(alone.sequences[0].credits["recall"], before, strict=True))
 
 
+def test_credits_follow_a_cut_and_a_fork():
+    """An edited conversation goes back and on; two branches do not share what they learn."""
+    model, ids = tiny(), prompt()
+    cache = read(model, ids)
+    recall(model, cache, ids)
+    cache.truncate(130)
+    (sequence,) = cache.sequences
+    assert all(credit.shape[1] == 130 for credit in sequence.credits["recall"])
+    with torch.no_grad():
+        model(ids[:, 130:], position_ids=torch.arange(130, 200)[None], past_key_values=cache)
+    recall(model, cache, ids, start=130)
+    assert all(credit.shape[1] == 200 for credit in sequence.credits["recall"])
+    other = sequence.fork()
+    other.credits["recall"][0][:] = 7.0
+    assert sequence.credits["recall"][0].max() <= 1.0
+    other.free()
+
+
 def test_without_the_second_reading_one_clear_line():
     model, ids = tiny(), prompt()
     cache = read(model, ids)

@@ -19,8 +19,10 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 from adaptivekv.features.probe import probe_features
 from adaptivekv.features.request import text_features
+from adaptivekv.layers import layer_shapes
 from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.plan import Plan
+from adaptivekv.policies.eviction.surrogate import find
 from adaptivekv.trainer import replay as replaying
 from adaptivekv.trainer import tasks, workload
 from adaptivekv.trainer.workload import Prompt, Request
@@ -55,6 +57,8 @@ class Worker:
         """Loads the model; what is wrong with it, or None. Not in the constructor: Ray would bury the reason."""
         try:
             self.loaded = self.loaded or model.load(self.name)
+            if self.plans == judged(None, "") and not find(self.loaded.model, layer_shapes(self.loaded.model)):
+                self.plans = tuple(plan for plan in self.plans if "surrogate" not in Plan.parse(plan).needs)
         except AdaptiveKVError as error:
             return str(error)
         return None

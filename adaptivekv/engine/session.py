@@ -22,6 +22,7 @@ from adaptivekv.memory import store
 from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
+from adaptivekv.policies.base import NEEDS
 from adaptivekv.recall import recall
 from adaptivekv.selector import Selector
 
@@ -279,9 +280,14 @@ class Session:
             ) from None
         if name != self.loaded.name:
             raise CacheFileError(f"session {folder}: made with model {name!r}, this one is {self.loaded.name!r}")
+        plan = plan if self.options.plan is None else Plan.parse(self.options.plan)
+        if "surrogate" in plan.needs and not self.cache.surrogate:
+            raise CacheFileError(
+                f"session {folder}: its plan {plan} needs {NEEDS['surrogate']}, and there is none here"
+            )
         self.cache.adopt(lambda pool: store.load(pool, folder / "cache.safetensors"), len(tokens), new)
         (request,) = self.cache.requests
-        request.plan = plan if self.options.plan is None else Plan.parse(self.options.plan)
+        request.plan = plan
         request.kept, request.evictor = kept, evictor
         request.turn, request.generated, request.prefilling = turn, generated, False
         request.sequence.retrieve = request.plan.stage("retrieve")

@@ -29,7 +29,7 @@ def probe_features(sequence: Sequence) -> dict[str, float]:
 
     lost_K: attention to the sealed slots outside the K percent that it looks at most, of 1, mean over heads; spread:
     standard deviation over heads of the same at 50 percent. foretold_K: the same outside the K percent that `kvzap`
-    keeps, where the model has a surrogate. norms: standard deviation of the key norms over their mean.
+    keeps, about, where the model has a surrogate. norms: standard deviation of the key norms over their mean.
     error_F: squared error of the layer's attention output with its pages in format F, over the squared output.
     sink, recent, entropy, top: of the page mass of these queries (attention.py).
     """
@@ -70,7 +70,7 @@ def _lost(sequence: Sequence, layer: int, votes: list[torch.Tensor]) -> np.ndarr
 
 
 def _foretold(sequence: Sequence, layer: int, votes: list[torch.Tensor]) -> np.ndarray:
-    """The same if the layer keeps what `kvzap` would, its heads sharing the room: mean over them, [KEPT]."""
+    """The same if the layer keeps about what `kvzap` would, its heads sharing the room: mean over them, [KEPT]."""
     _, pos = sequence.slots(layer)
     credit = sequence.credits[NAME][layer]
     known = np.minimum(pos.reshape(len(pos), -1), credit.shape[1] - 1).clip(0)  # of an unused slot: never read

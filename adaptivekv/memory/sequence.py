@@ -279,7 +279,7 @@ class Sequence:
             self.drop([n == 0 for n in left])
             self.touch()
         self.tail_len, self.length = kept, length
-        self.credits = {name: [x[:, :length] for x in credit] for name, credit in self.credits.items()}
+        self.credits = {name: [x[:, :length] for x in credit] for name, credit in self.credits.items() if length}
 
     def fork(self) -> Sequence:
         """A second sequence over the same sealed pages; the tail and the ring are copied."""

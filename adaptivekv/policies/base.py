@@ -17,10 +17,10 @@ KINDS = ("evict", "quantize", "offload", "retrieve")
 NEEDS = {
     "queries": "the prompt's last queries (the observation ring)",
     "mass": "the attention that pages receive",
-    "recall": "a second reading of the prompt (`adaptivekv.recall`)",
+    "recall": "the prompt read a second time (`adaptivekv.recall`)",
     "surrogate": "a map fitted once for the model (`adaptivekv calibrate`)",
 }
-"""What a stage may need beside the cache itself."""
+"""What a stage may need beside the cache itself, as refusals say it."""
 
 
 def share(name: str, value: object) -> float:

@@ -6,6 +6,7 @@ values: ridge regression, from sums, so that any number of tokens fits in memory
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,37 +80,51 @@ def calibrate(
 ) -> dict[str, Any]:
     """Write the surrogate of a model to `out` (default: where `AdaptiveCache` finds it).
 
-    file: a text to read pieces of, `max_tokens` long (default: prompts of the mixed scenario's split train).
-    Returns file, prompts, tokens, r2 (of prompts that were held out), r2_worst (of any layer).
+    file: a text to read pieces of, `max_tokens` long (default: prompts of the mixed scenario's split train). In memory:
+    two matrices a layer of (D + 1)^2 float64, D = heads x (k_dim + v_dim).
+    Returns file, prompts, tokens, r2 (of prompts that were held out), r2_worst (of any layer), r2_layers.
     """
+    if max_tokens <= PAGE:
+        raise AdaptiveKVError(f"max_tokens={max_tokens}: more than a page of {PAGE}")
     loaded = models.load(model, device)
-    if loaded.model.config.get_text_config().max_position_embeddings < max_tokens:
-        raise AdaptiveKVError(f"max_tokens={max_tokens}: more than the model's positions")
+    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", 0) or max_tokens
+    if positions < max_tokens:
+        raise AdaptiveKVError(f"max_tokens={max_tokens}: the model has {positions} positions")
+    path = _writable(out or folder_of_own() / f"kvzap-{loaded.name.strip('/.').replace('/', '--') or 'model'}.npz")
     prompts = list(_pieces(loaded, file, max_tokens, requests) if file else _drawn(loaded, requests, max_tokens, seed))
-    seen: dict[bool, list[Sums]] = {}
-    tokens = 0
+    if len(prompts) < HELD_OUT:
+        raise AdaptiveKVError(
+            f"{len(prompts)} prompts: at least {HELD_OUT}; more requests, a longer file or shorter pieces"
+        )
+    seen: dict[tuple[int, bool], Sums] = {}
     for i, ids in enumerate(prompts):
-        found = [Sums.of(x, y) for x, y in credited(loaded, ids)]
-        out_of_it = i % HELD_OUT == HELD_OUT - 1
-        old = seen.get(out_of_it)
-        seen[out_of_it] = [a + b for a, b in zip(old, found, strict=True)] if old else found
-        tokens += len(ids)
+        for layer, (x, y) in enumerate(credited(loaded, ids)):
+            key = layer, i % HELD_OUT == HELD_OUT - 1
+            seen[key] = seen[key] + Sums.of(x, y) if key in seen else Sums.of(x, y)
         if progress:
             progress(i + 1, len(prompts))
-    if len(seen) < 2:
-        raise AdaptiveKVError(f"requests={len(prompts)}: at least {HELD_OUT}, or a longer file")
-    r2 = [test.explained(train.fit()) for train, test in zip(seen[False], seen[True], strict=True)]
-    every = [train + test for train, test in zip(seen[False], seen[True], strict=True)]
-    path = out or folder_of_own() / f"kvzap-{Path(loaded.name).name}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    surrogate(loaded, every).save(path)
+    layers = range(len(seen) // 2)
+    r2 = [seen[layer, True].explained(seen[layer, False].fit()) for layer in layers]
+    surrogate(loaded, (seen[layer, False] + seen[layer, True] for layer in layers)).save(path)
     return {
-        "file": str(path), "prompts": len(prompts), "tokens": tokens, "r2": float(np.mean(r2)), "r2_worst": min(r2),
-        "r2_layers": [round(x, 3) for x in r2],
+        "file": str(path), "prompts": len(prompts), "tokens": sum(map(len, prompts)), "r2": float(np.mean(r2)),
+        "r2_worst": min(r2), "r2_layers": [round(x, 3) for x in r2],
     }  # fmt: skip
 
 
-def surrogate(loaded: LoadedModel, layers: list[Sums]) -> Surrogate:
+def _writable(path: Path) -> Path:
+    """The same path, if a file can be written there: reading the prompts takes too long to find out afterwards."""
+    if path.suffix != ".npz" or path.is_dir():
+        raise AdaptiveKVError(f"out {path}: a file that ends in .npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise AdaptiveKVError(f"out {path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def surrogate(loaded: LoadedModel, layers: Iterable[Sums]) -> Surrogate:
     mean, weight, bias = [], [], []
     for sums in layers:
         fitted = sums.fit()
@@ -138,7 +153,10 @@ def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor
 
 
 def _drawn(loaded: LoadedModel, count: int, max_tokens: int, seed: int) -> Iterable[list[int]]:
-    requests = workload.draw(workload.load("mixed"), count, seed, max_tokens, only=("train",))
+    try:
+        requests = workload.draw(workload.load("mixed"), count, seed, max_tokens, only=("train",))
+    except AdaptiveKVError as error:
+        raise AdaptiveKVError(f"{error}; or give a text with --file") from None
     return (workload.write(request, loaded.tokenizer).ids for request in requests)
 
 

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.sequence import Sequence
+from adaptivekv.policies.base import NEEDS
 from adaptivekv.policies.eviction.base import Eviction
 from adaptivekv.policies.eviction.kvzip import KVzip
 from adaptivekv.policies.eviction.surrogate import NAME, foretell
@@ -32,6 +34,7 @@ class KVzap(KVzip):
         Eviction.apply(self, sequence)
 
     def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        assert sequence.pool.surrogate, "the controller lets no such plan through without one"
+        if not sequence.pool.surrogate:
+            raise AdaptiveKVError(f"plan {self}: needs {NEEDS['surrogate']}")
         foretell(sequence, sequence.pool.surrogate)
         return super().score(sequence, layer)

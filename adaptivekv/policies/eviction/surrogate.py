@@ -6,10 +6,12 @@ logarithm of the attention that its most eager repeating token would pay it in e
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,9 +27,11 @@ from adaptivekv.paths import cache_root
 VERSION = 1
 SHIPPED = Path(__file__).parents[2] / "champion"
 NAME = "surrogate"  # of its credits in `Sequence.credits`
+PARTS = ("mean", "weight", "bias")
+log = logging.getLogger("adaptivekv")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Surrogate:
     """mean: a layer [D], what an absent key or value counts as; weight: [D, H], bias: [H]; D = H * (k_dim + v_dim)."""
 
@@ -35,55 +39,77 @@ class Surrogate:
     weight: list[np.ndarray]
     bias: list[np.ndarray]
     mark: np.ndarray  # of the model it was fitted for (`mark_of`)
+    _there: dict[torch.device, list[list[Tensor]]] = field(default_factory=dict, repr=False)
+
+    def on(self, device: torch.device) -> list[list[Tensor]]:
+        """Mean, weight and bias, layer by layer; they go to a device once."""
+        if device not in self._there:
+            self._there[device] = [[torch.from_numpy(x).to(device) for x in getattr(self, name)] for name in PARTS]
+        return self._there[device]
 
     def predict(self, sequence: Sequence, layer: int, start: int, end: int) -> Tensor:
         """Log credit of the sealed tokens at positions from `start` to before `end`: float32 [H, end - start]."""
-        mean, weight, bias = (
-            torch.from_numpy(part[layer]).to(sequence.pool.device) for part in (self.mean, self.weight, self.bias)
-        )
+        mean, weight, bias = (part[layer] for part in self.on(sequence.pool.device))
         parts = [(held(sequence, layer, a, b, mean) - mean) @ weight + bias for a, b in blocks(sequence, start, end)]
-        return torch.cat(parts).T if parts else weight.new_zeros(len(bias), 0)
+        return torch.cat(parts).T
 
-    def save(self, path: str | Path) -> None:
-        arrays = {
-            f"{name}.{layer}": part
-            for name in ("mean", "weight", "bias")
-            for layer, part in enumerate(getattr(self, name))
-        }
-        np.savez(path, version=VERSION, mark=self.mark, **arrays)
+    def save(self, path: Path) -> None:
+        """All of it or nothing. OSError where there is no room or no right to write."""
+        arrays = {f"{name}.{layer}": part for name in PARTS for layer, part in enumerate(getattr(self, name))}
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, version=VERSION, mark=self.mark, **arrays)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path) -> Surrogate:
+    def load(cls, path: Path) -> Surrogate:
         """Errors: AdaptiveKVError, one line that names the file."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                if int(file["version"]) != VERSION:
-                    raise AdaptiveKVError(f"surrogate {path}: version {file['version']}, this program reads {VERSION}")
+                if (version := int(file["version"])) != VERSION:
+                    raise ValueError(f"version {version}, this program reads {VERSION}")
                 layers = range(sum(name.startswith("bias.") for name in file.files))
-                mean, weight, bias = ([file[f"{name}.{i}"] for i in layers] for name in ("mean", "weight", "bias"))
-                made = cls(mean, weight, bias, file["mark"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            why = str(error).splitlines()[0]
-            raise AdaptiveKVError(f"surrogate {path}: cannot be read ({why}); run `adaptivekv calibrate`") from None
-        if not all(np.isfinite(part).all() for part in [*mean, *weight, *bias, made.mark]):
-            raise AdaptiveKVError(f"surrogate {path}: holds NaN; run `adaptivekv calibrate` again")
-        return made
+                mean, weight, bias = ([file[f"{name}.{i}"].astype(np.float32) for i in layers] for name in PARTS)
+                mark = file["mark"].astype(np.float32)
+            if not all(np.isfinite(part).all() for part in [*mean, *weight, *bias, mark]):
+                raise ValueError("it holds NaN")
+            if any(w.shape != (len(m), len(b)) for m, w, b in zip(mean, weight, bias, strict=True)):
+                raise ValueError("its parts do not fit each other")
+        except Exception as error:  # of damaged zip files and arrays nearly any can come
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise AdaptiveKVError(f"surrogate {path}: cannot be read ({why}); delete it and calibrate again") from None
+        return cls(mean, weight, bias, mark)
 
     def suits(self, mark: np.ndarray, shapes: list[LayerShape]) -> bool:
         """Whether it was fitted for a model with this mark and these layers, whatever their precision."""
         wanted = [(s.heads * (s.k_dim + s.v_dim), s.heads) for s in shapes]
-        return [part.shape for part in self.weight] == wanted and np.allclose(self.mark, mark, rtol=0.05, atol=1e-3)
+        same = [part.shape for part in self.weight] == wanted and self.mark.shape == mark.shape
+        return same and np.allclose(self.mark, mark, rtol=0.05, atol=1e-3)
 
 
 def find(model: PreTrainedModel, shapes: list[LayerShape]) -> Surrogate | None:
-    """The surrogate of this model: one that `adaptivekv calibrate` wrote, else one that ships; None: there is none."""
+    """The surrogate of this model: the newest that `adaptivekv calibrate` wrote, else one that ships; None: there is
+    none. A damaged file is one warning."""
+    own = sorted(folder_of_own().glob("kvzap-*.npz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     mark = mark_of(model)
-    for folder in (folder_of_own(), SHIPPED):
-        for path in sorted(folder.glob("kvzap-*.npz")):
-            made = Surrogate.load(path)
-            if made.suits(mark, shapes):
-                return made
+    for path in [*own, *sorted(SHIPPED.glob("kvzap-*.npz"))]:
+        made = _loaded(path, path.stat().st_mtime_ns)
+        if made and made.suits(mark, shapes):
+            return made
     return None
+
+
+@lru_cache(maxsize=16)
+def _loaded(path: Path, changed: int) -> Surrogate | None:
+    """The file as it was `changed` (nanoseconds); every cache asks."""
+    try:
+        return Surrogate.load(path)
+    except AdaptiveKVError as error:
+        log.warning(str(error))
+        return None
 
 
 def folder_of_own() -> Path:
@@ -108,7 +134,7 @@ def foretell(sequence: Sequence, surrogate: Surrogate) -> None:
 
 
 def blocks(sequence: Sequence, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Positions in ranges whose decoded copy fits the staging allowance."""
+    """Positions in ranges of whole pages: one range decoded takes about the staging allowance."""
     most = max(s.slot_elements for s in sequence.pool.layers)
     step = max(1, sequence.pool.staging_bytes // (8 * most * PAGE)) * PAGE
     for a in range(start, end, step):
@@ -127,7 +153,7 @@ def held(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -
     for at in pool.kinds(pages):
         some, pos = pages[at], pool.pos[pages[at]] - start  # [n], [n, 64]
         here = (np.arange(PAGE) < pool.count[some][:, None]) & (pos >= 0) & (pos < end - start)
-        both = torch.cat(pool.read(some), -1)[torch.from_numpy(here).to(pool.device)]
-        cells = pos[here] * len(ids) + np.repeat(head[at], here.sum(1))
-        out.view(-1, out.shape[-1])[torch.from_numpy(cells).to(pool.device)] = both
+        rows = torch.from_numpy(np.flatnonzero(here)).to(pool.device)
+        cells = torch.from_numpy(pos[here] * len(ids) + np.repeat(head[at], here.sum(1))).to(pool.device)
+        out.view(-1, out.shape[-1])[cells] = torch.cat(pool.read(some), -1).flatten(0, 1)[rows]
     return out.flatten(1)
