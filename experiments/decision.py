@@ -3,8 +3,8 @@
     python -m experiments.decision --tokens 2000 --out experiments/results/selector-cost.json
 
 A prompt of the book is answered under the champion. *Probe* is the features that are asked once, at the end of the
-prompt, against reading it; *deciding* is all else the controller does, divided over the steps; *prediction* is the
-selector alone, for 32 plans, quickest and median of 2,000.
+prompt, against reading it, the quickest of three; *deciding* is all else the controller does, divided over the steps;
+*prediction* is the selector alone, for 32 plans, quickest and median of 2,000.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -26,6 +27,7 @@ from adaptivekv import model
 from adaptivekv.controller import Controller
 from adaptivekv.features import schema
 from adaptivekv.features.probe import probe_features
+from adaptivekv.memory.sequence import Sequence
 from adaptivekv.selector import Selector
 from adaptivekv.trainer import registry, tasks
 from adaptivekv.trainer import replay as replaying
@@ -64,13 +66,23 @@ def answered(loaded: Any, selector: Selector, tokens: int) -> dict[str, Any]:
     ids = loaded.tokenizer(tasks.haystack()[: 8 * tokens], verbose=False).input_ids[:tokens]
     reference = replaying.reference(loaded, ids, NEW)
     (watched,) = reference.cache.requests
-    begun = time.perf_counter()
-    probe_features(watched.sequence)
-    probe = time.perf_counter() - begun
+    took: list[float] = []
+
+    def probed(sequence: Sequence) -> dict[str, float]:
+        begun = time.perf_counter()
+        found = probe_features(sequence)
+        took.append(time.perf_counter() - begun)
+        return found
+
+    for _ in range(2):
+        probed(watched.sequence)
+        watched.sequence.credits.clear()  # the next one foretells them again
     controller = Controller(selector=selector, quality=0.03)
-    run = replaying.replay(reference, controller)
+    with mock.patch("adaptivekv.controller.probe_features", probed):
+        run = replaying.replay(reference, controller)
     reference.free()
-    per_step = max(0.0, controller.seconds - probe) / (NEW - 1)  # it probes once, when the prompt has ended
+    per_step = (controller.seconds - took[-1]) / (NEW - 1)  # it probes once, when the prompt has ended
+    probe = min(took)
     return {
         "tokens": len(ids), "steps": NEW - 1, "decisions": len(run.decisions), "step_ms": run.step_ms,
         "deciding_us_per_step": 1e6 * per_step, "deciding_share_of_a_step": 1e3 * per_step / run.step_ms,
