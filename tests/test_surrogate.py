@@ -179,6 +179,7 @@ def test_a_model_without_a_map_is_refused_or_chooses_otherwise():
     assert any(decision.allowed)
     assert not any(ok for plan, ok in zip(decision.plans, decision.allowed, strict=True) if "kvzap" in plan)
     assert any("kvzap" in plan for plan in CANDIDATES) and any(SHIPPED.glob("kvzap-*.npz"))
+    assert find(tiny().to("meta"), layer_shapes(model)) is None
 
 
 def test_a_session_is_restored_with_its_map_or_not_at_all(smol, tmp_path, monkeypatch):

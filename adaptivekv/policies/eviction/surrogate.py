@@ -93,6 +93,8 @@ class Surrogate:
 def find(model: PreTrainedModel, shapes: list[LayerShape]) -> Surrogate | None:
     """The surrogate of this model: the newest that `adaptivekv calibrate` wrote, else one that ships; None: there is
     none. A damaged file is one warning."""
+    if model.get_input_embeddings().weight.is_meta:  # weights that are loaded step by step: nothing to know it by
+        return None
     own = sorted(folder_of_own().glob("kvzap-*.npz"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     mark = mark_of(model)
     for path in [*own, *sorted(SHIPPED.glob("kvzap-*.npz"))]:
