@@ -24,14 +24,19 @@ from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import Prediction, RuleTable, Selector
 
 CANDIDATES = (
-    "full", "int8", "tuned(0.5)", "int4", "int4(window=0)", "k4v2(window=0)", "int2", "kvzap(0.75)",
-    "kvzap(0.75) | int4(window=0)", "kvzap(0.6) | int4(window=0)", "kvzap(0.5) | int4(window=0)",
-    "kvzap(0.4) | int4(window=0)", "kvzap(0.3) | int4(window=0)", "kvzap(0.2) | int4(window=0)",
-    "kvzap(0.3) | k4v2(window=0)", "snapkv(0.5, pool=32) | int4(window=0)",
-    "offload(0.15)", "int8 | offload(0.35)", "int4(window=0) | offload(0.3)",
-    "kvzap(0.5) | int4(window=0) | offload(0.3)",
+    "full", "int8", "tuned(0.12, high=int8, low=int4)", "int4", "k4v2(window=0)",
+    "kvzap(0.5) | int4(window=0)", "kvzap(0.2) | int4(window=0)",
+    "offload(0.05)",
+    *(f"{plan} | offload(0.05)" for plan in (
+        "int8", "tuned(0.12, high=int8, low=int4)",
+        *(f"kvzap({keep}) | tuned(0.25, high=int8, low=int4)" for keep in (0.75, 0.6)),
+        *(f"kvzap({keep}) | tuned(0.12, high=int8, low=int4, window=0)" for keep in (0.75, 0.6, 0.5)),
+        *(f"kvzap({keep}) | int4(window=0)" for keep in (0.5, 0.4, 0.3, 0.2)),
+        "snapkv(0.5, pool=32) | int4(window=0)",
+    )),
 )  # fmt: skip
-"""The plans a controller chooses among unless it is told others."""
+"""The plans a controller chooses among unless it is told others. What can be offloaded is best offloaded as a whole or
+not at all: between the two, the price of a step has its maximum (docs/architecture.md)."""
 
 KAPPA = 0.1  # price of a host or disk byte-second against a device byte-second
 DEFAULT_QUALITY = 0.03  # nats per token
@@ -172,12 +177,14 @@ class Controller:
         values = self.features(request)
         state = schema.row(values)
         prediction = self._predict(state)
-        device, host, disk = self._sizes(request)
         room, host_room = self._room(request)
+        device, host, disk = self._sizes(request)
+        stays = np.maximum(0, host - host_room)  # an offload is as large as the host allows
+        device, host = device + stays, host - stays
         reach = self._reachable(request)
         if not reach.any() and request.plan in self.plans:  # nothing else can be had: it stays as it is
             reach[self.plans.index(request.plan)] = True
-        allowed = reach & (device <= room) & (host <= host_room)
+        allowed = reach & (device <= room)
         stay = self.plans.index(request.plan) if moment == "epoch" and request.plan in self.plans else None
 
         def choose(selector: Selector, seen: Prediction) -> tuple[int, str, np.ndarray, np.ndarray, np.ndarray]:
@@ -258,7 +265,7 @@ class Controller:
         return probs
 
     def _sizes(self, request: Request) -> tuple[np.ndarray, ...]:
-        """Device, host and disk bytes of every plan once the answer is written."""
+        """Device, host and disk bytes of every plan once the answer is written, were the host large enough."""
         pool = request.sequence.pool
         sizes = [plan.estimate(pool.layers, pool.dtype, self._tokens(request)) for plan in self.plans]
         return tuple(np.array([size[tier] for size in sizes]) for tier in ("device", "host", "disk"))

@@ -49,7 +49,8 @@ EVICTIONS = (
 METHODS = (
     *(f"{name}(0.5)" for name in EVICTIONS), "snapkv(0.5, heads=adaptive)", "snapkv(0.5, layers=pyramid)",
     "snapkv(0.5, layers=measured)", "snapkv(0.5, pool=32)", "int8", "fp8", "int4", "kivi4", "kvquant", "k4v2", "kivi42",
-    "int2", "kivi2", "palu(0.5)", "hotcold(0.25)", "tuned(0.5)", "tuned(0.5, high=k4v2, low=int2, window=0, sinks=0)",
+    "int2", "kivi2", "palu(0.5)", "hotcold(0.25)", "tuned(0.5)",
+    "tuned(0.12, high=int8, low=int4)", "tuned(0.5, high=k4v2, low=int2, window=0, sinks=0)",
     "offload(0.05)", "offload(0.1, by=layers)", "retrieve(0.1)", "flexgen", "qhitter_int4",
     "rocketkv", "infinigen", "shadowkv", "tailorkv",
 )  # fmt: skip

@@ -69,6 +69,9 @@ def test_the_controller_takes_the_plan_that_was_judged(data, trained):
         def _sizes(self, request):
             return self.sizes
 
+        def _room(self, request):
+            return np.inf, np.inf
+
     policy = TreeSelector.load(trained["policy"])
     taken = {}
     for margin in (certify.GRID[20], certify.GRID[38], 0.0):

@@ -75,7 +75,7 @@ def test_joint_columns_follow_the_probe():
     plans = ("full", "int8", "int4", "k4v2", "int2", "tuned(0.5)", "snapkv(0.5)", "snapkv(0.375) | k4v2", "snapkv(0.1)")
     plans += ("kvzap(0.5)",)
     controller = Controller(candidates=plans)
-    got = dict(zip(plans, schema.joint(state, controller.rows), strict=True))
+    got = dict(zip(plans, schema.joint(state, controller.rows)[:, :4], strict=True))
     assert got["full"] == pytest.approx([0, 0, 0, 0]) and got["int8"][2] == pytest.approx(0.02 / 256)
     for plan, name in (("int4", "error_int4"), ("k4v2", "error_k4v2"), ("int2", "error_int2")):
         assert got[plan] == pytest.approx([0, 0, 2 * values[name], 3 * values[name]])
@@ -84,9 +84,18 @@ def test_joint_columns_follow_the_probe():
     assert got["snapkv(0.1)"][0] == pytest.approx(0.6 * 1 + 0.4 * 0.8)
     assert got["kvzap(0.5)"][:2] == pytest.approx([0.3, 0.45])  # it keeps what a second reading would
     many = schema.joint(np.stack([state] * len(plans)), controller.rows)
-    assert np.allclose(many, schema.joint(state, controller.rows))
+    assert np.allclose(many, schema.joint(state, controller.rows), equal_nan=True)
     unknown = np.full(len(schema.NAMES), np.nan)
     assert np.isnan(schema.joint(unknown, controller.rows)).all()
+
+
+def test_link_time_is_that_of_what_the_host_has_room_for():
+    state = np.full(len(schema.NAMES), np.nan)
+    state[[schema.NAMES.index(name) for name in ("log2_prompt", "log10_link")]] = 10, 1  # 1024 tokens, 10 GB/s
+    rows = Controller(candidates=("int8", "int8 | offload(0.25)", "kvzap(0.5) | int4 | offload(0.25)")).rows
+    assert 10 ** schema.joint(state, rows)[:, 4] - 1 == pytest.approx([0, 102.4 * 0.5 * 0.75, 102.4 * 0.125 * 0.75])
+    state[schema.NAMES.index("host_room")] = 0.2
+    assert 10 ** schema.joint(state, rows)[:, 4] - 1 == pytest.approx([0, 102.4 * 0.2, 102.4 * 0.125 * 0.75])
 
 
 def test_nothing_to_ask_is_nothing_said():

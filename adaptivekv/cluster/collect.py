@@ -38,7 +38,7 @@ def collect(
     workers: int = 1,
     seed: int = 0,
     max_tokens: int = 2000,
-    new_tokens: int = 64,
+    new_tokens: int = 256,
     model: str | None = None,
     out: str | Path | None = None,
     tracking_uri: str | None = None,

@@ -25,7 +25,7 @@ def label(
     out: str | Path,
     plans: Sequence[str] | None = None,
     workers: int = 1,
-    new_tokens: int = 64,
+    new_tokens: int = 256,
     model: str | None = None,
     progress: Progress | None = None,
     only: Collection[str] | None = None,

@@ -81,8 +81,13 @@ class ReplayWorker(Worker):
                 state = schema.row(features(request, prompt, reference)).tolist()
                 link = request.link if on_cpu(reference) else None
                 free = new if request.split == "test" and prompt.answers else 0  # an own answer doubles the work
-                runs = [(plan, replaying.replay(reference, plan, text=free)) for plan in self.plans]
-                limits = room(request, runs[self.plans.index("full")][1].device_bytes)
+                full = replaying.replay(reference, "full", text=free)
+                limits = room(request, full.device_bytes)
+                host = int(limits["host_room"])
+                runs = [
+                    (plan, full if plan == "full" else replaying.replay(reference, plan, text=free, host=host))
+                    for plan in self.plans
+                ]
                 tokens = len(reference.tokens)
                 return [
                     row(request, state, self.plans, plan, run, tokens, link) | limits

@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
 
-VERSION = 5
+VERSION = 6
 
 REQUEST = (
     "log2_prompt",  # tokens of the prompt
@@ -61,9 +61,11 @@ PLAN_NAMES: tuple[str, ...] = (
     "log2_recent",  # log2(1 + recent tokens that lose no bits)
 )
 
-JOINT: tuple[str, ...] = ("lost", "lost_worst", "error", "error_worst")
+JOINT: tuple[str, ...] = ("lost", "lost_worst", "error", "error_worst", "log10_link_time")
 """What the probe says of a plan: attention its eviction would lose, squared error its bits would make; mean over the
-groups of layers, and the worst of them. Made from the two rows, so trajectories do not hold them."""
+groups of layers, and the worst of them. And log10(1 + x) of the time x that a step takes to read over the link what the
+plan leaves on the host, no more than finds room there: in tokens of the full cache at 1 GB/s. Made from the two rows, so
+trajectories do not hold them."""
 
 
 def joint(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
@@ -78,7 +80,14 @@ def joint(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
     kept = np.where(recalls[:, None, None], foretold, seen)
     lost = all_lost[:, None] + (weights[:, None, : len(KEPT)] @ kept)[:, 0]  # [n, groups]
     error = (weights[:, None, len(KEPT) :] @ errors)[:, 0]
-    return np.stack([lost.mean(1), lost.max(1), error.mean(1), error.max(1)], 1)
+    return np.stack([lost.mean(1), lost.max(1), error.mean(1), error.max(1), _link_time(state, plans)], 1)
+
+
+def _link_time(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
+    keep, k_bits, v_bits, device, read = plans.T[:5]
+    prompt, room, link = (state[..., NAMES.index(name)] for name in ("log2_prompt", "host_room", "log10_link"))
+    leaves = keep * np.minimum(k_bits + v_bits, 32) / 32 * (1 - device)  # of the full cache
+    return np.log10(1 + 2.0**prompt * read * np.fmin(leaves, room) / 10.0**link)  # an unknown room is large enough
 
 
 _BY_RECALL = PLAN_NAMES.index("by_recall")

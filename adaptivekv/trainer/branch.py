@@ -85,12 +85,12 @@ class Reference:
 class Branch:
     """One request that goes on from a copy of the reference's cache under a controller of its own."""
 
-    def __init__(self, reference: Reference, controller: Controller, budget: Budget):
+    def __init__(self, reference: Reference, controller: Controller, budget: Budget, host: int | None = None):
         self.reference, self.loaded = reference, reference.loaded
         mine, (theirs,) = reference.cache, reference.cache.requests
         new = reference.new
         self.cache = cache = AdaptiveCache(
-            self.loaded.model, budget, controller.quality, kv_dtype=mine.dtype, controller=controller,
+            self.loaded.model, budget, controller.quality, kv_dtype=mine.dtype, host=host, controller=controller,
             max_tokens=reference.length + TIMED,
         )  # fmt: skip
         cache.expect(reference.prompt, new, {k: v for k, v in theirs.facts.items() if not k.startswith("logit_")})

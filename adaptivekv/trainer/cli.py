@@ -21,7 +21,7 @@ def collect(
     plans: Annotated[list[str] | None, typer.Option(help="plans to replay; default: all candidates")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
     max_tokens: Annotated[int, typer.Option(help="longest prompt")] = 2000,
-    new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 256,
     split: Annotated[
         list[str] | None, typer.Option(help="train, select, certify, gate or test; default: all the scenario has")
     ] = None,
@@ -212,7 +212,7 @@ def label(
     out_dir: Annotated[Path, typer.Option("--out", help="labelled trajectories; what is there is not done again")],
     plans: Annotated[list[str] | None, typer.Option(help="plans to replay; default: all candidates")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Ray workers")] = 1,
-    new_tokens: Annotated[int, typer.Option(min=2, help="most tokens of an answer")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="most tokens of an answer")] = 256,
     model: Model = None,
     json_: Json = False,
 ) -> None:

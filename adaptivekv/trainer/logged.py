@@ -129,12 +129,17 @@ class Logged(Controller):
         return dict(zip(schema.NAMES, self.state.tolist(), strict=True))
 
     def _sizes(self, request: Any) -> tuple[np.ndarray, ...]:
-        prompt, new = (2.0 ** self.state[schema.NAMES.index(n)] for n in ("log2_prompt", "log2_new"))
-        sizes = [plan.estimate(SHAPE, torch.bfloat16, round(prompt + new)) for plan in self.plans]
+        sizes = [plan.estimate(SHAPE, torch.bfloat16, self.tokens) for plan in self.plans]
         return tuple(np.array([size[tier] for size in sizes]) for tier in ("device", "host", "disk"))
 
     def _room(self, request: Any) -> Any:
-        return math.inf, math.inf  # the mask knows
+        """Of the device the mask knows."""
+        host = self.state[schema.NAMES.index("host_room")] * Plan().estimate(SHAPE, torch.bfloat16, self.tokens)["full"]
+        return math.inf, math.inf if math.isnan(host) else host
+
+    @property
+    def tokens(self) -> int:
+        return round(sum(2.0 ** self.state[schema.NAMES.index(n)] for n in ("log2_prompt", "log2_new")))
 
     def _reachable(self, request: Any) -> np.ndarray:
         return self.mask

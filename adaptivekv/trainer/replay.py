@@ -114,16 +114,18 @@ def replay(
     plan: str | Plan | Controller,
     budget: Budget = None,
     text: int = 0,
+    host: int | None = None,
 ) -> Replay:
     """Force the reference's tokens through a plan (or whatever a fresh controller chooses).
 
     budget: as for AdaptiveCache; pages beyond it wait in host memory until the plan is applied, as while a prompt is
-    read. text: also answer freely with up to this many tokens (`new` at most). The reference is left as it was.
+    read. text: also answer freely with up to this many tokens (`new` at most). host: bytes of host memory (None:
+    enough); what finds no room there stays on the device. The reference is left as it was.
     """
     controller = plan if isinstance(plan, Controller) else Controller(Plan.parse(plan))
     start, state = time.perf_counter(), controller.rng.bit_generator.state
     with torch.inference_mode():
-        run = Branch(reference, controller, budget)
+        run = Branch(reference, controller, budget, host)
         try:
             out = _forced(run)
         finally:
