@@ -1,8 +1,9 @@
 """Adds up the lines of `experiments.pareto run`: ruler.json (all plans, all lengths), pareto.json (fronts), plots.
 
-A row: accuracy relative to the full cache's on the same prompts, the mean over the task families with equal weight, its
-95 % bootstrap interval over prompts; KL and flips over tokens; bytes held at the end of the answer relative to a 16-bit
-cache of the same tokens, scales, native windows and the open tail included, on the device and in all tiers together.
+A row: accuracy relative to the full cache's on the same prompts (none where that is hardly ever right), the mean over
+the task families with equal weight, its 95 % bootstrap interval over prompts; KL and flips over tokens; bytes held at the
+end of the answer relative to a 16-bit cache of the same tokens, scales, native windows and the open tail included, on the
+device and in all tiers together.
 They are the bytes of full-attention layers: sliding windows are the same under every plan and left out.
 """
 
@@ -23,6 +24,7 @@ TARGETS = (  # question known, tier, share of the full bytes
     (False, "device", 0.10),
 )  # fmt: skip
 KEPT = 0.95  # of the full cache's accuracy
+RIGHT = 0.95  # of the bootstrap draws have a right answer of the full cache, or there is no ratio to it
 COLOURS = {"evict": "tab:red", "quantize": "tab:blue", "offload": "tab:green", "retrieve": "tab:olive"}
 TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 Row = dict[str, Any]
@@ -64,24 +66,29 @@ def _sum(shared: dict[Any, tuple[Row, Row]]) -> Row:
     score, full_score = np.mean(list(by_task.values()), 0)
     weighed = np.concatenate([np.array(pairs) / len(pairs) for pairs in scores.values()])  # families weigh the same
     drawn = weighed[np.random.default_rng(0).integers(len(weighed), size=(2_000, len(weighed)))].sum(1)
-    ratios = drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9)
     runs = [row for row, _ in shared.values()]
     tokens = [row["tokens"] for row in runs]
-    out = {"prompts": len(runs), "score": float(score), "full_score": float(full_score)}
-    out |= {"relative": float(score / max(full_score, 1e-9))}
-    out |= dict(zip(("low", "high"), map(float, np.quantile(ratios, [0.025, 0.975])), strict=True))
+    out: Row = {"prompts": len(runs), "score": float(score), "full_score": float(full_score)}
+    ratios = [np.nan] * 3
+    if (drawn[:, 1] > 0).mean() > RIGHT:
+        drawn = drawn[drawn[:, 1] > 0]
+        ratios = [score / full_score, *np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])]
+    out |= dict(zip(("relative", "low", "high"), map(float, ratios), strict=True))
     out |= {key: float(np.average([row[key] for row in runs], weights=tokens)) for key in ("kl", "flip_rate")}
     device, host = (
         float(np.mean([row[tier] / row["full_bytes"] for row in runs])) for tier in ("device_bytes", "host_bytes")
     )
     out |= {"device": device, "all": device + host}
-    return {key: round(value, 5) for key, value in out.items()} | {"tasks": by_task}
+    known = {key: None if np.isnan(value) else round(value, 5) for key, value in out.items()}
+    return known | {"tasks": by_task}
 
 
 def _front(rows: list[Row], tier: str) -> list[Row]:
     """Rows that none beats: more accuracy than all that hold fewer bytes."""
     best, front = -1.0, []
-    for row in sorted(rows, key=lambda row: (row[tier], -row["relative"])):
+    for row in sorted(
+        (row for row in rows if row["relative"] is not None), key=lambda row: (row[tier], -row["relative"])
+    ):
         if row["relative"] > best:
             best = row["relative"]
             front.append(row)
@@ -104,7 +111,7 @@ def _targets(rows: list[Row]) -> list[Row]:
     for model in sorted({row["model"] for row in rows}):
         for aware, tier, limit in TARGETS:
             mine = [row for row in rows if (row["model"], row["aware"], row["length"]) == (model, aware, "4096-7168")]
-            reached = [row for row in mine if row[tier] <= limit and row["relative"] >= KEPT]
+            reached = [row for row in mine if row[tier] <= limit and (row["relative"] or 0) >= KEPT]
             keys = ("plan", "prompts", "relative", "low", "high", "device", "all")
             best = [{key: row[key] for key in keys} for row in sorted(reached, key=lambda row: -row["relative"])]
             out.append({"model": model, "aware": aware, "tier": tier, "limit": limit, "reached": best})
@@ -120,7 +127,7 @@ def _plot(rows: list[Row], tier: str, path: Path) -> None:
     for line, aware in zip(axes, (True, False), strict=True):
         for place, length in zip(line, lengths, strict=True):
             mine = [row for row in rows if (row["aware"], row["length"]) == (aware, length)]
-            for row in mine:
+            for row in (row for row in mine if row["relative"] is not None):
                 kinds = [stage.kind for stage in Plan.parse(row["plan"]).stages]
                 colour = "black" if not kinds else COLOURS[kinds[0]] if len(kinds) == 1 else "tab:purple"
                 place.plot(row[tier], row["relative"], "o", color=colour, ms=4)
@@ -150,10 +157,12 @@ def _print(rows: list[Row], fronts: list[Row]) -> None:
         for row in sorted(mine, key=lambda row: row["all"]):
             star = " *" if (model, aware, length, row["plan"]) in best else ""
             plan = row["plan"].replace("|", "\\|")
+            ratio = ""
+            if row["relative"] is not None:
+                ratio = f"{row['relative']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
             print(
-                f"| `{plan}`{star} | {row['prompts']} | {row['score']:.2f} | {row['relative']:.0%} ({row['low']:.0%} "
-                f"to {row['high']:.0%}) | {row['kl']:.4f} | {row['flip_rate']:.1%} | {row['device']:.1%} "
-                f"| {row['all']:.1%} |"
+                f"| `{plan}`{star} | {row['prompts']} | {row['score']:.2f} | {ratio} | {row['kl']:.4f} "
+                f"| {row['flip_rate']:.1%} | {row['device']:.1%} | {row['all']:.1%} |"
             )
 
 

@@ -63,9 +63,9 @@ PLAN_NAMES: tuple[str, ...] = (
 
 JOINT: tuple[str, ...] = ("lost", "lost_worst", "error", "error_worst", "log10_link_time")
 """What the probe says of a plan: attention its eviction would lose, squared error its bits would make; mean over the
-groups of layers, and the worst of them. And log10(1 + x) of the time x that a step takes to read over the link what the
-plan leaves on the host, no more than finds room there: in tokens of the full cache at 1 GB/s. Made from the two rows, so
-trajectories do not hold them."""
+groups of layers, and the worst of them. And log10(1 + x) of the time x that a step takes to read over the link what
+the plan leaves on the host, no more than finds room there: in tokens of the full cache at 1 GB/s. Made from the two
+rows, so trajectories do not hold them."""
 
 
 def joint(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
