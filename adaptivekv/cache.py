@@ -21,7 +21,7 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.kept import copied, crop, make_layers
 from adaptivekv.kernels.codec import PAGE
-from adaptivekv.layers import AdaptiveLayer, layer_shapes
+from adaptivekv.layers import AdaptiveLayer, layer_shapes, model_mark
 from adaptivekv.memory.formats import FORMATS, parse_bytes
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
@@ -64,7 +64,8 @@ class AdaptiveCache(Cache):
         if not 0 <= quality < float("inf"):
             raise AdaptiveKVError(f"quality={quality}: nats per token, 0 or more")
         fixed = None if plan is None else Plan.parse(plan)
-        self.controller = controller or Controller(fixed, selector, quality)
+        self.controller, self.mark = controller or Controller(fixed, selector, quality), model_mark(model)
+        self.controller.meet(self.mark)
         self.budget = None if budget is None else parse_bytes(budget)
         self.host, self.disk = capacity(host), capacity(disk)
         if fixed and (offload := fixed.stage("offload")):

@@ -21,7 +21,7 @@ from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.policies.base import NEEDS
 from adaptivekv.pressure import bring_back, make_room
-from adaptivekv.selector import Prediction, RuleTable, Selector
+from adaptivekv.selector import Prediction, RuleTable, Selector, foreign, warn
 
 CANDIDATES = (
     "full", "int8", "tuned(0.12, high=int8, low=int4)", "int4", "k4v2(window=0)",
@@ -77,6 +77,12 @@ class Controller:
     @property
     def name(self) -> str:
         return "fixed" if self.fixed is not None else self.selector.name
+
+    def meet(self, mark: str) -> None:
+        """Say which model it decides for (`layers.model_mark`): what was trained on another one decides nothing."""
+        if fault := foreign(self.selector, mark):
+            warn(f"{fault}; using the rule table instead")
+            self.selector = RuleTable()
 
     @property
     def possible(self) -> list[Plan]:

@@ -59,6 +59,12 @@ class AdaptiveLayer(CacheLayerMixin):
     reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse
 
 
+def model_mark(model: PreTrainedModel) -> str:
+    """What a policy knows a model by. Fine-tuned copies have the same mark; other precisions too."""
+    config = model.config.get_text_config(decoder=True)
+    return f"{config.model_type} {config.num_hidden_layers}x{config.hidden_size}, {config.vocab_size} tokens"
+
+
 def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """Shapes of the layers an AdaptiveCache owns. Raises AdaptiveKVError for models it cannot serve."""
     config = model.config.get_text_config(decoder=True)

@@ -7,7 +7,9 @@ their SHA-256. Nothing in them is code, and every index is checked before use.
 import hashlib
 import io
 import json
+import logging
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +18,7 @@ import numpy as np
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 
+log = logging.getLogger("adaptivekv")
 FORMAT = 2
 TARGETS = ("log10_loss", "log10_error", "log10_step_ms")  # the error: what the high loss adds to the mean
 LOSS_FLOOR = 1e-4  # nats, added before the logarithm: what is below decides no SLO
@@ -39,6 +42,7 @@ class Selector(Protocol):
 
     name: str  # "rules", "champion@3"
     margin: float  # certified, in log10 nats; 0 until certified
+    model: str  # `layers.model_mark` of the one it was trained on; "": any
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
         """state [F] and plans [n, PF], both in the order of features.schema."""
@@ -53,7 +57,7 @@ def is_lossless(plans: np.ndarray) -> np.ndarray:
 class RuleTable:
     """Priors measured on the embedded model; the losses of the stages of a plan add."""
 
-    name = "rules"
+    name, model = "rules", ""
     margin = 0.0
     bytes_per_token = 23_040  # 16-bit K and V of the embedded model
     base_ms, device_gbs, link_gbs = 5.0, 100.0, 10.0
@@ -81,6 +85,7 @@ class TreeSelector:
 
     def __init__(self, arrays: dict[str, np.ndarray], manifest: dict[str, Any], name: str):
         self.name, self.manifest, self.margin = name, manifest, float(manifest["margin"])
+        self.model = str(manifest.get("model", ""))
         self.baseline = arrays["baseline"]
         roots, left, right = arrays["roots"], arrays["left"], arrays["right"]
         trees = len(roots)
@@ -134,6 +139,19 @@ class TreeSelector:
         folder = Path(path) if Path(path).suffix not in (".npz", ".json") else Path(path).parent
         manifest, arrays = _read(folder)
         return cls(arrays, manifest, name or manifest["label"])
+
+
+def foreign(selector: Selector, mark: str) -> str | None:
+    """Why it must not choose for the model of this mark, in a line; None: it may."""
+    if selector.model in ("", mark):
+        return None
+    return f"policy {selector.name}: trained on {selector.model}; this model is {mark}: train one for it"
+
+
+@lru_cache(maxsize=64)
+def warn(line: str) -> None:
+    """Once a process."""
+    log.warning(line)
 
 
 def load_or_rules(path: str | Path, name: str | None = None) -> tuple[Selector, str | None]:

@@ -1,9 +1,9 @@
 """Adds up the lines of `experiments.pareto run`: ruler.json (all plans, all lengths), pareto.json (fronts), plots.
 
 A row: accuracy relative to the full cache's on the same prompts (none where that is hardly ever right), the mean over
-the task families with equal weight, its 95 % bootstrap interval over prompts; KL and flips over tokens; bytes held at the
-end of the answer relative to a 16-bit cache of the same tokens, scales, native windows and the open tail included, on the
-device and in all tiers together.
+the task families with equal weight, its 95 % bootstrap interval over prompts; KL and flips over tokens; bytes held at
+the end of the answer relative to a 16-bit cache of the same tokens, scales, native windows and the open tail included,
+on the device and in all tiers together.
 They are the bytes of full-attention layers: sliding windows are the same under every plan and left out.
 """
 

@@ -176,7 +176,7 @@ def test_exploration_does_not_follow_the_client_s_seed(engine: Engine, tmp_path:
         assert row["probs"][row["plans"].index(row["plan"])] > 0
 
 
-def test_margins_and_reconfiguring(engine: Engine) -> None:
+def test_margins_and_reconfiguring(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def change() -> None:
         assert await engine.reconfigure("rules", margin=0.4) is None
         assert engine.selector is not None and engine.selector.name == "rules~0.4"
@@ -186,6 +186,9 @@ def test_margins_and_reconfiguring(engine: Engine) -> None:
         (event,) = [e for e in await run(engine, quality=0.1) if "done" in e]
         assert event["done"]["kv"]["plan"] == "full"
         await engine.reconfigure()  # a margin does not stay, what was asked for does
+        assert engine.selector.name == "rules"
+        monkeypatch.setattr(engine, "mark", "another model")
+        assert "trained on llama 30x576" in str(await engine.reconfigure("champion"))  # the packaged one
         assert engine.selector.name == "rules"
 
     asyncio.run(change())

@@ -12,11 +12,14 @@ import threadpoolctl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as np_arrays
+from models import tiny
 
+from adaptivekv.cache import AdaptiveCache
 from adaptivekv.controller import Controller
 from adaptivekv.decisions import Request
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
+from adaptivekv.layers import model_mark
 from adaptivekv.plan import Plan
 from adaptivekv.selector import INPUTS, RuleTable, TreeSelector, load_or_rules
 
@@ -56,6 +59,19 @@ def models(one_thread) -> list[Any]:
 @pytest.fixture
 def folder(models, tmp_path):
     return export.save(tmp_path / "policy", export.flatten(models), "synthetic", {"0.01": "int4"}, {"select_cost": 0.5})
+
+
+def test_a_policy_decides_only_for_the_model_it_was_trained_on(models, tmp_path, caplog):
+    own = tiny("llama")
+    assert model_mark(own) == model_mark(tiny("llama", seed=1)) != model_mark(tiny("qwen3"))
+    folder = export.save(tmp_path / "policy", export.flatten(models), "llamas", model=model_mark(own))
+    assert AdaptiveCache(own, selector=TreeSelector.load(folder)).controller.selector.name == "llamas"
+    assert not caplog.records
+    for _ in range(2):
+        other = AdaptiveCache(tiny("qwen3"), selector=TreeSelector.load(folder))
+        assert other.controller.selector.name == "rules"
+    (warned,) = caplog.records  # once a process
+    assert "llamas: trained on llama 3x64, 160 tokens; this model is qwen3 3x64" in warned.message
 
 
 def test_no_plan_evicts_by_queries_that_are_gone():

@@ -224,6 +224,18 @@ def test_a_request_in_two_splits_is_refused(tmp_path):
         dataset.rows(trajectories.read(tmp_path))
 
 
+def test_two_models_are_not_mixed(tmp_path, store):
+    for model, split in (("llama 30x576", "train"), ("gemma 18x640", "select")):
+        some = [row | {"model": model} for row in rows(3, split, 0)]
+        trajectories.write(some, tmp_path / f"{split}.parquet")
+    with pytest.raises(AdaptiveKVError, match="gemma 18x640 and llama 30x576; take one"):
+        train([tmp_path], out_dir=tmp_path / "policy", tracking_uri=store)
+    one = trajectories.read(tmp_path / "train.parquet")
+    assert dataset.model(one) == dataset.model(one, "llama 30x576") == "llama 30x576"
+    with pytest.raises(AdaptiveKVError, match="the policy was trained on qwen"):
+        dataset.model(one, "qwen")
+
+
 def test_train_needs_both_splits(tmp_path, store):
     trajectories.write(rows(3, "train", 0), tmp_path / "a.parquet")
     with pytest.raises(AdaptiveKVError, match="split 'select' has 0"):

@@ -26,9 +26,10 @@ from adaptivekv.controller import Controller
 from adaptivekv.engine.sampling import Sampler
 from adaptivekv.engine.session import Answer, Options, Session
 from adaptivekv.errors import AdaptiveKVError, BudgetError, CacheFileError
+from adaptivekv.layers import model_mark
 from adaptivekv.model import LoadedModel
-from adaptivekv.selector import RuleTable, Selector
-from adaptivekv.trainer.registry import find_champion
+from adaptivekv.selector import RuleTable, Selector, foreign
+from adaptivekv.trainer.registry import ALIAS, find_champion
 
 log = logging.getLogger("adaptivekv")
 
@@ -101,7 +102,7 @@ class Engine:
         plans: tuple[str, ...] | None = None,
     ):
         self.loaded, self.defaults, self.keep, self.record = loaded, defaults, keep, record
-        self.samples, self.plans = samples, plans
+        self.samples, self.plans, self.mark = samples, plans, model_mark(loaded.model)
         self.shadow: Selector | None = None  # a challenger whose choices are logged
         self.settings: dict[str, Any] = {}  # of reconfigure, those that stay until they are given again
         self.warm: OrderedDict[str, Conversation] = OrderedDict()
@@ -141,6 +142,11 @@ class Engine:
         old = self.defaults.selector
         try:
             new: Selector = await asyncio.to_thread(find_champion, name, where)
+            if fault := foreign(new, self.mark):
+                if old is not None or name not in (None, ALIAS):
+                    raise AdaptiveKVError(fault)
+                log.warning(f"{fault}; using the rule table instead")
+                new = RuleTable()
             if isinstance(new, RuleTable) and name != "rules" and old is not None:
                 raise AdaptiveKVError(f"selector {name or 'champion'}: none found that loads")
             if margin is not None and margin < new.margin:
@@ -148,14 +154,14 @@ class Engine:
         except AdaptiveKVError as error:
             if old is None:
                 raise
-            log.error(fault := f"{error}; keeping selector {old.name}")
-            return fault
+            log.error(why := f"{error}; keeping selector {old.name}")
+            return why
         if margin is not None and margin > new.margin:
             new = Widened(new, margin)
         self.settings = settings
         epsilon = float(settings.get("epsilon", self.defaults.epsilon))
         self.defaults = dataclasses.replace(self.defaults, selector=new, epsilon=epsilon)
-        self.shadow = await asyncio.to_thread(_challenger, settings.get("shadow"), where)
+        self.shadow = await asyncio.to_thread(_challenger, settings.get("shadow"), where, self.mark)
         return None
 
     @property
@@ -298,9 +304,12 @@ class Engine:
             self.warm.popitem()[1].close()
 
 
-def _challenger(name: str | None, tracking_uri: str | None) -> Selector | None:
+def _challenger(name: str | None, tracking_uri: str | None, mark: str) -> Selector | None:
     try:
-        return find_champion(name, tracking_uri) if name else None
+        found = find_champion(name, tracking_uri) if name else None
+        if found and (fault := foreign(found, mark)):
+            raise AdaptiveKVError(fault)
+        return found
     except AdaptiveKVError as error:
         log.warning(f"shadow: {error}; nothing is logged of it")
         return None

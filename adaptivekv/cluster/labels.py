@@ -85,7 +85,7 @@ class Labeller(Worker):
                 link = 10 ** state[LINK] if on_cpu(reference) and math.isfinite(state[LINK]) else None
                 runs = [(plan, replaying.replay(reference, plan)) for plan in plans]
                 asked = _asked(sample, new)
-                own = {"session_id": sample.session, "label_prob": sample.prob}
+                own = {"session_id": sample.session, "label_prob": sample.prob, "model": reference.cache.mark}
                 tokens = len(reference.tokens)
                 return [row(asked, state, plans, plan, run, tokens, link) | own for plan, run in runs]
             finally:

@@ -34,6 +34,7 @@ class Widened:
     def __init__(self, selector: Selector, margin: float):
         self.selector, self.by = selector, margin - selector.margin
         self.name, self.margin = f"{selector.name}~{margin:g}", selector.margin
+        self.model = selector.model
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
         seen = self.selector.predict(state, plans)

@@ -80,6 +80,7 @@ def rows(job: Job, session: Session, meter: Meter) -> Iterator[dict[str, Any]]:
         "session_id": job.session or job.id,
         "schema_version": schema.VERSION,
         "seed": session.options.seed,
+        "model": session.cache.mark,
         "scenario": "serve",
         "kind": "serve",
         "split": split_of(job.session or document),

@@ -92,6 +92,7 @@ class ReplayWorker(Worker):
                 return [
                     row(request, state, self.plans, plan, run, tokens, link) | limits
                     | {"label_right": None if run.text is None else tasks.score(prompt.answers, run.text)}
+                    | {"model": reference.cache.mark}
                     for plan, run in runs
                 ]  # fmt: skip
             finally:

@@ -80,6 +80,7 @@ def certify(
             raise AdaptiveKVError(f"certify: no collect run in experiment {experiment!r}; run `adaptivekv collect`")
         sources = [found[-1].info.run_id]
     table = dataset.load(sources, tracking_uri)
+    dataset.model(table, judged.selector.model)
     part = fresh.of_split(table)
     known = fresh.training(mlflow, judged, table, seen, tracking_uri)
     fresh.check(part, known)

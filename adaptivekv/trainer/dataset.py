@@ -110,6 +110,18 @@ def rows(table: pa.Table) -> Rows:
     return found
 
 
+def model(table: pa.Table, policy: str = "") -> str:
+    """The mark of the model that the rows are of; "" where they do not say. policy: the mark of the one to be judged.
+
+    AdaptiveKVError: rows of two models, or of another than the policy's.
+    """
+    marks = sorted({*table["model"].drop_null().to_pylist(), *([policy] if policy else [])})
+    if len(marks) > 1:
+        whose = f"; the policy was trained on {policy}" if policy else ""
+        raise AdaptiveKVError(f"trajectories: of the models {' and '.join(marks)}{whose}; take one model at a time")
+    return marks[0] if marks else ""
+
+
 def by_plan(rows: Rows) -> Rows:
     """One row per request and plan, sorted so: first features, token-weighted mean loss, bytes and time."""
     order = np.lexsort((rows.step, rows.plan, rows.request))

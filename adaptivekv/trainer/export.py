@@ -52,6 +52,7 @@ def save(
     best_static: dict[str, str] | None = None,
     metrics: dict[str, float] | None = None,
     margin: float = 0.0,
+    model: str = "",
 ) -> Path:
     """Writes policy.npz, then policy.json; a crash between them leaves a mismatch that loading refuses."""
     buffer = io.BytesIO()
@@ -64,6 +65,7 @@ def save(
         "targets": selector.TARGETS,
         "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
         "label": label,
+        "model": model,
         "best_static": best_static or {},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "metrics": metrics or {},

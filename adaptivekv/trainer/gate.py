@@ -53,6 +53,7 @@ def replay(
     documents, seen ones, or training data that nothing shows.
     """
     table = dataset.load(sources, tracking_uri)
+    dataset.model(table, candidate.selector.model)
     part = table.filter(pa.array(dataset.column(table, "split") == "gate"))
     if not part.num_rows:
         raise AdaptiveKVError("gate: split 'gate' has 0 rows; collect some with --split gate, or label served samples")

@@ -65,6 +65,7 @@ def ope(
         raise AdaptiveKVError(f"ope: split {split!r} is not one of {', '.join(SPLITS)}")
     selector: Selector = RuleTable() if policy == "rules" else frozen.find(policy, tracking_uri).selector
     table = dataset.load(sources, tracking_uri)
+    dataset.model(table, selector.model)
     if split is not None:
         table = table.filter(pa.array(dataset.column(table, "split") == split))
     if not table.num_rows:

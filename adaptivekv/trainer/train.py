@@ -43,7 +43,7 @@ def train(
         sources = [found[-1].info.run_id]
     say("reading trajectories")
     table = dataset.load(sources, tracking_uri)
-    rows = dataset.rows(table)
+    rows, model = dataset.rows(table), dataset.model(table)
     parts = {split: rows.of(split) for split in ("train", "select")}
     for split, part in parts.items():
         if len(part) < 2:
@@ -57,14 +57,14 @@ def train(
         models = fit(parts["train"], seed)
         arrays = export.flatten(models)
         label = f"train-{run_id[:8]}"
-        folder = export.save(out_dir, arrays, label)
+        folder = export.save(out_dir, arrays, label, model=model)
         policy = TreeSelector.load(folder)
         say("checking the exported trees against scikit-learn")
         metrics = {"parity": export.parity(policy, models, inputs(parts["train"]), seed)}
         say("scoring on the select split")
         predicted = predict_rows(policy, parts["select"])
         metrics |= accuracy(parts["select"], predicted) | scoring.compare(policy, best_static, requests["select"])
-        export.save(folder, arrays, label, best_static, metrics)
+        export.save(folder, arrays, label, best_static, metrics, model=model)
         policy = TreeSelector.load(folder)
 
         say("drawing and logging")

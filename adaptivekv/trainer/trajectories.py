@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("plan_features", pa.list_(pa.float64())),  # [PF] of the one chosen
         ("pressure_override", pa.bool_()),
         ("policy_version", pa.string()),
+        ("model", pa.string()),  # layers.model_mark, null = not known
         ("seed", pa.int64()),
         ("scenario", pa.string()),  # name of the workload; "serve": live traffic
         ("kind", pa.string()),  # of the text
@@ -57,10 +58,10 @@ SCHEMA = pa.schema(
         ("label_kind", pa.string()),  # "replay" (offline reference), "online" (sample) or null
         ("label_prob", pa.float64()),  # chance that the label was taken
     ],
-    metadata={"adaptivekv.trajectories": "3"},
+    metadata={"adaptivekv.trajectories": "4"},
 )
 LABELS = {"label_loss", "label_worst", "label_flip", "label_kl", "label_right", "label_kind", "label_prob"}
-OPTIONAL = {"device_room", "host_room", "shadow"} | LABELS
+OPTIONAL = {"model", "device_room", "host_room", "shadow"} | LABELS
 REQUIRED = set(SCHEMA.names) - OPTIONAL
 
 
