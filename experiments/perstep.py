@@ -3,7 +3,7 @@
     python -m experiments.perstep
 
 Answers are forced: a document goes on, or after half of the answer another begins. After the prompt nothing may leave
-for the host: candidates are those that neither offload nor retrieve. *once*: the controller decides at the end of the
+for the host: candidates are the controller's without their offloads. *once*: the controller decides at the end of the
 prompt, for the whole answer. *steps*: as it is, it decides every 32 tokens too, still for the whole answer. *ahead*: a
 plan need only fit until the next decision. *fixed*: of the plans that fit the whole answer, the one that in hindsight
 was the cheapest within the quality, else lost least. Loss: nats per token against the full cache. Cost: mean bytes held
@@ -36,7 +36,7 @@ from adaptivekv.trainer import registry, sources
 from adaptivekv.trainer.replay import reference, replay
 from experiments.selector import machine, rounded
 
-PLANS = tuple(plan for plan in CANDIDATES if "offload" not in plan and "retrieve" not in plan)
+PLANS = tuple(dict.fromkeys(plan.removesuffix(" | offload(0.05)") for plan in CANDIDATES if plan != "offload(0.05)"))
 PAIRS = ("book/14", "python/asyncio/tasks.py>book/22", "book/27>python/_pyio.py", "packages/01>book/35")
 WAYS = {"once": 1 << 30, "steps": 32, "ahead": 32, "fixed": 1 << 30}  # tokens between two decisions
 
