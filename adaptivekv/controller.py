@@ -21,7 +21,7 @@ from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.policies.base import NEEDS
 from adaptivekv.pressure import bring_back, make_room
-from adaptivekv.selector import Prediction, RuleTable, Selector, foreign, warn
+from adaptivekv.selector import EVEN, Prediction, RuleTable, Selector, foreign, price, warn
 
 CANDIDATES = (
     "full", "int8", "tuned(0.12, high=int8, low=int4)", "int4", "k4v2(window=0)",
@@ -40,7 +40,7 @@ not at all: between the two, the price of a step has its maximum (docs/architect
 
 KAPPA = 0.1  # price of a host or disk byte-second against a device byte-second
 DEFAULT_QUALITY = 0.03  # nats per token
-STAY = 0.9  # a switch must cut the cost below this share, or the plan stays
+STAY = 0.9  # a switch must cut cost and risk below this share, or the plan stays
 log = logging.getLogger("adaptivekv")
 
 
@@ -69,6 +69,7 @@ class Controller:
         self.rows = np.stack([schema.row(p.features(), schema.PLAN_NAMES) for p in self.plans])
         self.evicts = np.array([plan.stage("evict") is not None for plan in self.plans])
         self.foretold = np.array(["surrogate" in plan.needs for plan in self.plans])
+        self.full = next((i for i, plan in enumerate(self.plans) if not plan.stages), 0)  # what prices are relative to
         self.epoch, self.epsilon = epoch, epsilon
         self.rng = np.random.default_rng(seed)
         self.shadow: Selector | None = None  # a challenger that is asked too and never obeyed
@@ -172,7 +173,8 @@ class Controller:
         ratio = request.budget / request.full if request.budget else 1.0
         values = request_features(request.prompt, request.new, request.generated, request.turn, ratio, self.quality)
         values |= request.facts
-        return values | system_features(pool, request.budget or pool.arena(DEVICE).capacity, request.full)
+        limit = request.budget or pool.arena(DEVICE).capacity
+        return values | system_features(pool, limit, request.full, request.sequence.bytes(HOST))
 
     def _decide(self, request: Request, moment: str) -> Plan:
         if self.fixed is not None:
@@ -193,31 +195,33 @@ class Controller:
         allowed = reach & (device <= room)
         stay = self.plans.index(request.plan) if moment == "epoch" and request.plan in self.plans else None
 
-        def choose(selector: Selector, seen: Prediction) -> tuple[int, str, np.ndarray, np.ndarray, np.ndarray]:
-            """The plan under a selector and why, what it keeps within the SLO, and the high losses and costs."""
-            loss = seen.loss_high * 10**selector.margin
+        def choose(selector: Selector, seen: Prediction) -> tuple[int, str, np.ndarray, np.ndarray]:
+            """The plan under a selector and why, which others keep the SLO rather than not, and what all are worth."""
             cost = (device + KAPPA * (host + disk)) * np.maximum(seen.step_ms, 1e-3)
-            good = allowed & (loss <= self.quality)
+            chance = seen.chance if self.quality else np.where(seen.loss_high > 0, 1e6, 0.0)  # 0: no loss at all
+            worth = price(cost, self.full, chance, selector.margin)
+            free, good = allowed, allowed & (chance < EVEN)
             if selector.margin == 0 and (good & ~self.evicts).any():
-                good &= ~self.evicts  # no later decision repairs one: only a certified selector may prefer an eviction
-            if good.any():
-                best = int(np.argmin(np.where(good, cost, np.inf)))
-                if stay is not None and good[stay] and cost[best] > STAY * cost[stay]:
+                free, good = free & ~self.evicts, good & ~self.evicts  # no later decision repairs one: only a certified
+                # selector may prefer an eviction
+            if allowed.any():
+                best = int(np.argmin(np.where(free, worth, np.inf)))
+                if stay is not None and free[stay] and worth[best] > STAY * worth[stay]:
                     best = stay
-                why = f"cheapest of {int(good.sum())} plans within {self.quality:g} nats"
-            elif allowed.any():
-                best = int(np.argmin(np.where(allowed, loss, np.inf)))
-                why = f"no plan within {self.quality:g} nats fits {room / 2**20:.1f} MiB; least predicted loss"
+                why = f"least cost and risk of {int(free.sum())} plans"
+                if not good.any():
+                    why = f"no plan within {self.quality:g} nats fits {room / 2**20:.1f} MiB; {why}"
             else:
                 best = stay if stay is not None else int(np.argmin(np.where(reach, device, np.inf)))
                 why = f"no plan fits {room / 2**20:.1f} MiB; the smallest, and pressure does the rest"
-            return best, why, good, loss, cost
+            return best, why, good, worth
 
-        best, why, good, loss, cost = choose(self.selector, prediction)
-        probs = self._explore(best, good, cost)
+        best, why, good, worth = choose(self.selector, prediction)
+        probs = self._explore(best, good, worth)
         chosen = int(self.rng.choice(len(probs), p=probs)) if self.epsilon else best
         reason = (
-            f"{why}: predicted loss {prediction.loss[chosen]:.4f} (high {loss[chosen]:.4f}), "
+            f"{why}: predicted loss {prediction.loss[chosen]:.4f}, more than {self.quality:g} with a chance of "
+            f"{prediction.chance[chosen]:.0%}, "
             f"{device[chosen] / 2**20:.1f} MiB device, {host[chosen] / 2**20:.1f} MiB host"
         )
         if chosen != best:

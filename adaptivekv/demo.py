@@ -23,7 +23,7 @@ from adaptivekv.memory.formats import parse_bytes
 from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import LoadedModel, load
 from adaptivekv.plan import Plan
-from adaptivekv.selector import Selector
+from adaptivekv.selector import Selector, foreign
 from adaptivekv.trainer.registry import find_champion
 from adaptivekv.trainer.tasks import haystack
 
@@ -154,7 +154,8 @@ def plant(text: str, fact: Fact, tokens: int, loaded: LoadedModel, seed: int) ->
 def best_fixed(loaded: LoadedModel, champion: Selector, tokens: int, budget: str) -> str:
     """The plan that was cheapest for all training requests at this quality, if it fits; else one that does."""
     session = Session(loaded, Options(plan="full"))
-    best = getattr(champion, "manifest", {}).get("best_static", {})
+    known = not foreign(champion, session.cache.mark)
+    best = getattr(champion, "manifest", {}).get("best_static", {}) if known else {}
     plan = best.get(str(QUALITY), FALLBACK)
     size = Plan.parse(plan).estimate(session.cache.shapes, session.cache.dtype, tokens)
     cap = parse_bytes(budget)

@@ -1,4 +1,4 @@
-"""Selectors rank plans from features: a rule table when nothing is trained, else flat gradient-boosted trees.
+"""Selectors rank plans from features: a rule table when nothing is trained, else a forest and boosted trees.
 
 Run time needs numpy only. A trained policy is two files: `policy.npz`, plain arrays, and `policy.json`, a manifest with
 their SHA-256. Nothing in them is code, and every index is checked before use.
@@ -15,18 +15,23 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from adaptivekv import forest, trees
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 
 log = logging.getLogger("adaptivekv")
-FORMAT = 2
+FORMAT = 3
 TARGETS = ("log10_loss", "log10_error", "log10_step_ms")  # the error: what the high loss adds to the mean
-LOSS_FLOOR = 1e-4  # nats, added before the logarithm: what is below decides no SLO
+STEP_MS = TARGETS.index("log10_step_ms")
+LOSS_FLOOR = forest.FLOOR
+EVEN = 0.5  # a chance of breaking the SLO below this is a promise to keep it
 MAX_LEAVES = 8  # per tree: one bit each in a byte
 INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES) + len(schema.JOINT)  # a tree sees the state, the plan, and both
 
 KEEP, K_BITS, V_BITS, DEVICE_SHARE, READ_SHARE = range(5)  # columns of a plan row
-PROMPT, GENERATED, LINK = (schema.NAMES.index(n) for n in ("log2_prompt", "log2_generated", "log10_link"))
+PROMPT, GENERATED, LINK, QUALITY = (
+    schema.NAMES.index(n) for n in ("log2_prompt", "log2_generated", "log10_link", "log10_quality")
+)
 
 
 class Prediction(NamedTuple):
@@ -35,18 +40,37 @@ class Prediction(NamedTuple):
     loss: np.ndarray  # mean KL to the full cache, nats per token
     loss_high: np.ndarray  # upper quantile (0.9) of the same
     step_ms: np.ndarray  # one decode step
+    chance: np.ndarray  # of a loss above the SLO of the state
 
 
 class Selector(Protocol):
-    """A plan meets the quality SLO when `loss_high * 10**margin <= quality`; `predict` does not apply the margin."""
+    """The plan of least `price` is taken; `predict` does not apply the margin."""
 
     name: str  # "rules", "champion@3"
-    margin: float  # certified, in log10 nats; 0 until certified
+    margin: float  # certified: log10 of what a broken SLO weighs, in full caches; 0 until certified
     model: str  # `layers.model_mark` of the one it was trained on; "": any
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
         """state [F] and plans [n, PF], both in the order of features.schema."""
         ...
+
+
+def price(cost: np.ndarray, full: int, chance: np.ndarray, margin: float | np.ndarray) -> np.ndarray:
+    """What plans cost and risk, in costs of the full cache, which is plan `full`: [..., n]. A broken SLO weighs
+    10**margin full caches; an SLO is thus kept more surely where that is cheap."""
+    return cost / np.maximum(cost[full], 1e-9) + 10.0**margin * chance
+
+
+def slo(state: np.ndarray) -> float:
+    """Nats per token; 0 where the state does not say."""
+    return 0.0 if np.isnan(state[QUALITY]) else float(10.0 ** state[QUALITY])
+
+
+def above(loss: np.ndarray, high: np.ndarray, quality: float) -> np.ndarray:
+    """The chance that a loss exceeds `quality`, if its logarithm is normal, with `high` its 0.9 quantile."""
+    middle, tenth = np.log10(loss + LOSS_FLOOR), np.log10(high + LOSS_FLOOR)
+    deviations = (math.log10(quality + LOSS_FLOOR) - middle) / np.maximum((tenth - middle) / forest.TENTH, 1e-3)
+    return np.where(high > 0, 1 / (1 + np.exp(np.clip(1.702 * deviations, -50, 50))), 0.0)  # close to the normal's
 
 
 def is_lossless(plans: np.ndarray) -> np.ndarray:
@@ -73,65 +97,58 @@ class RuleTable:
         link = self.link_gbs if np.isnan(state[LINK]) else 10.0 ** state[LINK]
         read_bytes = tokens * self.bytes_per_token * keep * np.minimum(k_bits + v_bits, 32) / 32 * read
         step_ms = self.base_ms + read_bytes / 1e6 * (device / self.device_gbs + (1 - device) / link)
-        return Prediction(loss, 2.5 * loss, step_ms)
+        return Prediction(loss, 2.5 * loss, step_ms, above(loss, 2.5 * loss, slo(state)))
 
 
 class TreeSelector:
-    """Three boosted-tree models in flat arrays, all plans and trees at once (QuickScorer, Lucchese et al. 2015).
-
-    The leaves of a tree are numbered from the left and start as eight set bits. A node whose test fails sends its row
-    to the right, so it clears the bits of its left subtree; the lowest bit still set is the leaf. No walk, no branches.
-    """
+    """A forest that knows the plans of its training data, and boosted trees, which say the time of a step and the
+    losses of plans that the forest does not know. All in flat arrays (trees.py, forest.py)."""
 
     def __init__(self, arrays: dict[str, np.ndarray], manifest: dict[str, Any], name: str):
         self.name, self.manifest, self.margin = name, manifest, float(manifest["margin"])
-        self.model = str(manifest.get("model", ""))
+        self.model = str(manifest.get("model") or "")
         self.baseline = arrays["baseline"]
-        roots, left, right = arrays["roots"], arrays["left"], arrays["right"]
-        trees = len(roots)
-        feature = np.zeros((MAX_LEAVES - 1, trees), np.intp)
-        threshold = np.full((MAX_LEAVES - 1, trees), np.inf)
-        clears = np.full((MAX_LEAVES - 1, trees), 255, np.uint8)
-        value = np.zeros((trees, MAX_LEAVES))
-
-        def place(tree: int, node: int, first: int, used: list[int]) -> int:
-            """Numbers the leaves below `node` from `first` on; returns how many there are."""
-            if left[node] < 0:
-                value[tree, first] = arrays["value"][node]
-                return 1
-            at = len(used)
-            used.append(node)
-            below = place(tree, left[node], first, used)
-            feature[at, tree] = arrays["feature"][node] + INPUTS * arrays["missing_left"][node]
-            threshold[at, tree] = arrays["threshold"][node]
-            clears[at, tree] = 255 & ~(((1 << below) - 1) << first)
-            return below + place(tree, right[node], first + below, used)
-
-        for tree, root in enumerate(roots):
-            place(tree, root, 0, [])
-        self._feature, self._threshold, self._clears = feature.ravel(), threshold.ravel(), clears.ravel()
-        self._value, self._first = value.ravel(), np.arange(trees) * MAX_LEAVES
-        self._lowest = np.array([0] + [(bits & -bits).bit_length() - 1 for bits in range(1, 256)])
+        made = trees.lay_out(arrays["left"], arrays["right"], arrays["roots"], MAX_LEAVES, np.uint8)
+        feature = np.where(made.empty, 0, (arrays["feature"] + INPUTS * arrays["missing_left"])[made.node])
+        threshold = np.where(made.empty, np.inf, arrays["threshold"][made.node])
+        parts = feature, threshold, made.clears, arrays["value"][made.leaf].T
         self._starts = np.searchsorted(arrays["target"], np.arange(len(TARGETS)))
+        self._trees = [[np.ascontiguousarray(part[:, start:]) for part in parts] for start in self._starts]
+        self._lowest = np.array([0] + [(bits & -bits).bit_length() - 1 for bits in range(1, 256)])
+        grown = {key: arrays[key] for key in forest.ARRAYS if key in arrays}
+        self.forest = forest.Forest(grown) if grown else None
 
-    def raw(self, x: np.ndarray) -> np.ndarray:
-        """x [n, F + PF] to the targets [n, 3]. A node for which NaN goes left reads a copy of x where NaN is -inf."""
+    def raw(self, x: np.ndarray, first: int = 0) -> np.ndarray:
+        """x [n, INPUTS] to the targets from `first` on, [n, 3 - first]. A node for which NaN goes left reads a copy of
+        x where NaN is -inf."""
+        feature, threshold, clears, value = self._trees[first]
         both = np.concatenate([x, np.where(np.isnan(x), -np.inf, x)], axis=1)
-        passed = both.take(self._feature, axis=1) <= self._threshold  # [n, 7 * trees]
-        kept = (self._clears | -passed.view(np.uint8)).reshape(len(x), MAX_LEAVES - 1, -1)  # -1 is all ones
-        alive = np.bitwise_and.reduce(kept, axis=1)  # [n, trees]
-        leaf = self._value.take(self._lowest.take(alive) + self._first)  # [n, trees]
-        return np.add.reduceat(leaf, self._starts, axis=1) + self.baseline
+        passed = both.take(feature.ravel(), axis=1) <= threshold.ravel()  # [n, 7 * trees]
+        kept = (clears.ravel() | -passed.view(np.uint8)).reshape(len(x), *clears.shape)  # -1 is all ones
+        leaf = self._lowest.take(np.bitwise_and.reduce(kept, axis=1))  # [n, trees]
+        found = value.take(leaf * clears.shape[1] + np.arange(clears.shape[1]))
+        return np.add.reduceat(found, self._starts[first:] - self._starts[first], axis=1) + self.baseline[first:]
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
-        x = np.empty((len(plans), INPUTS))
+        known = self.forest.known(plans.tobytes(), plans.shape[1]) if self.forest else np.full(len(plans), -1)
+        seen = known >= 0
+        x = np.zeros((len(plans), INPUTS))
         at, end = len(state), len(state) + plans.shape[1]
-        x[:, :at], x[:, at:end], x[:, end:] = state, plans, schema.joint(state, plans)
+        x[:, :at], x[:, at:end] = state, plans
+        if self.forest and seen.all():
+            x[:, -1] = schema.link_time(state, plans)  # of what was probed the time does not depend
+            loss, high, chance = self.forest.predict(state, known, slo(state))
+            return Prediction(loss, high, 10.0 ** self.raw(x, STEP_MS)[:, 0], chance)
+        x[:, end:] = schema.joint(state, plans)
         raw = self.raw(x)
         raw[:, 1] += raw[:, 0]
         out = 10.0**raw
-        loss = np.where(is_lossless(plans)[:, None], 0.0, np.maximum(out[:, :2] - (LOSS_FLOOR, 0.0), 0.0))
-        return Prediction(loss[:, 0], loss.max(axis=1), out[:, 2])
+        losses = np.where(is_lossless(plans)[:, None], 0.0, np.maximum(out[:, :2] - (LOSS_FLOOR, 0.0), 0.0))
+        loss, high = losses[:, 0], losses.max(axis=1)
+        chance = above(loss, high, slo(state))
+        if self.forest and seen.any():
+            loss[seen], high[seen], chance[seen] = self.forest.predict(state, known[seen], slo(state))
+        return Prediction(loss, high, out[:, STEP_MS], chance)
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> "TreeSelector":
@@ -193,7 +210,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise AdaptiveKVError(f"policy {at}: SHA-256 differs from policy.json, truncated or changed; train it again")
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ARRAYS}
+            arrays = {key: file[key] for key in [*ARRAYS, *(forest.ARRAYS if "forest_loss" in file else ())]}
     except Exception as error:  # zipfile, zlib, numpy and KeyError each have their own way to say it
         raise AdaptiveKVError(f"policy {at}: not readable ({' '.join(str(error).split())}); train it again") from None
     fault = _array_fault(arrays)
@@ -232,29 +249,18 @@ def _array_fault(a: dict[str, np.ndarray]) -> str | None:
     for key, dtype in ARRAYS.items():
         if a[key].dtype != dtype or a[key].ndim != 1:
             return f"{key} is {a[key].dtype} {a[key].ndim}-D, not {np.dtype(dtype)} 1-D"
-    nodes, roots, target = len(a["feature"]), a["roots"], a["target"]
-    if any(len(a[key]) != nodes for key in ("threshold", "left", "right", "value", "missing_left")):
+    target, nodes = a["target"], len(a["feature"])
+    if any(len(a[key]) != nodes for key in ("threshold", "left", "value", "missing_left")):
         return "node arrays differ in length"
-    if len(roots) == 0 or roots[0] != 0 or (np.diff(roots) <= 0).any() or roots[-1] >= nodes:
-        return "roots do not rise from 0 within the nodes"
-    if len(target) != len(roots) or (np.diff(target) < 0).any() or set(target) != set(range(len(TARGETS))):
+    if found := trees.fault(a["left"], a["right"], a["roots"], MAX_LEAVES):
+        return found
+    if len(target) != len(a["roots"]) or (np.diff(target) < 0).any() or set(target) != set(range(len(TARGETS))):
         return "target does not list each of the three targets in order"
     if len(a["baseline"]) != len(TARGETS) or not np.isfinite(a["baseline"]).all():
         return "baseline is not three finite numbers"
-    ends = np.append(roots[1:], nodes)
-    tree_of = np.repeat(np.arange(len(roots)), ends - roots)
-    inner = np.flatnonzero(a["left"] != -1)
-    for side in ("left", "right"):
-        child = a[side][inner]
-        if (child <= inner).any() or (child >= ends[tree_of[inner]]).any():
-            return f"a {side} child lies outside its tree or before its parent"
-    children = np.concatenate([a["left"][inner], a["right"][inner], roots])
-    if (a["right"][a["left"] == -1] != -1).any() or (np.bincount(children, minlength=nodes) != 1).any():
-        return "a node has one child, two parents or none"
-    if (np.bincount(tree_of[a["left"] == -1]) > MAX_LEAVES).any():
-        return f"a tree has more than {MAX_LEAVES} leaves"
+    inner = a["left"] != -1
     if ((a["feature"][inner] < 0) | (a["feature"][inner] >= INPUTS)).any():
         return f"a feature index lies outside 0..{INPUTS - 1}"
     if not np.isfinite(a["value"]).all() or np.isnan(a["threshold"]).any():
         return "a value is not finite or a threshold is NaN"
-    return None
+    return forest.fault(a, len(schema.NAMES), len(schema.PLAN_NAMES)) if "forest_loss" in a else None

@@ -11,11 +11,11 @@ import numpy as np
 from adaptivekv.features import schema
 from adaptivekv.plan import Plan
 from adaptivekv.selector import LOSS_FLOOR, Selector, TreeSelector, is_lossless
-from adaptivekv.trainer import export, rivals, scoring
+from adaptivekv.trainer import rivals, scoring
 from adaptivekv.trainer.certify import GRID
 from adaptivekv.trainer.dataset import Rows
 from adaptivekv.trainer.scoring import QUALITIES, Choice, Played, Request
-from adaptivekv.trainer.train import fit
+from adaptivekv.trainer.train import learned
 
 STAGES = ("evict", "quantize", "offload")  # no candidate retrieves
 TEXT = ("digit_share", "punct_share", "upper_share", "distinct_share")
@@ -64,7 +64,7 @@ class Study:
 
 
 def trained(rows: Rows, seed: int) -> Selector:
-    return TreeSelector(export.flatten(fit(rows, seed)), {"margin": 0.0}, f"seed {seed}")
+    return TreeSelector(learned(rows, seed), {"margin": 0.0}, f"seed {seed}")
 
 
 def stages(study: Study, base: Played, perfect: Played) -> dict[str, Any]:

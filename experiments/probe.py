@@ -27,7 +27,7 @@ from adaptivekv.model import load
 from adaptivekv.selector import TreeSelector
 from adaptivekv.trainer import dataset, export, scoring
 from adaptivekv.trainer.tasks import haystack
-from adaptivekv.trainer.train import fit
+from adaptivekv.trainer.train import learned
 
 WITHOUT = {"everything": (), "no probe": schema.PROBE, "no text": schema.REQUEST[7:11]}
 
@@ -57,7 +57,7 @@ def worth(folder: Path, seeds: int) -> list[dict[str, Any]]:
         static, found = scoring.best_static(train), []
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as at:
-                policy = TreeSelector.load(export.save(at, export.flatten(fit(seen.of("train"), seed)), name))
+                policy = TreeSelector.load(export.save(at, learned(seen.of("train"), seed), name))
             found.append(scoring.compare(policy, static, select))
         keys = ("charged/selector", "violation/selector", "charged/static", "charged/oracle")
         mean = {key: float(np.mean([metrics[key] for metrics in found])) for key in keys}

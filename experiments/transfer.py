@@ -3,8 +3,9 @@
     python -m experiments.transfer experiments/data/study experiments/data/transfer --out experiments/results
 
 The first folder holds collections of one model, the second of another, as `adaptivekv collect` leaves them, a folder a
-scenario. Everything is scored on all requests of the second, by five folds over its documents: what is trained there
-never sees the documents that it is scored on, and nothing is tuned. No margin (0): so few requests certify nothing.
+scenario. Everything is scored on all requests of the second, by five folds over its documents: what is trained never
+sees the documents that it is scored on, whichever model read them, and nothing is tuned. No margin (0): so few requests
+certify nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def load(folder: Path) -> Rows:
     found = sorted(path for path in folder.glob("*/trajectories") if any(path.glob("*.parquet")))
     if not found:
         raise AdaptiveKVError(f"{folder}: no <scenario>/trajectories there; collect some")
-    return dataset.rows(dataset.load(found))
+    table = dataset.load(found)
+    dataset.model(table)
+    return dataset.rows(table)
 
 
 def joined(one: Rows, other: Rows) -> Rows:
@@ -62,21 +65,21 @@ def scored(old: Rows, new: Rows, seeds: int) -> tuple[dict[str, list[Played]], n
 
     folds = list(GroupKFold(FOLDS).split(documents, groups=documents))
     for seed in range(seeds):
-        there = scoring.trusting(trained(old, seed))
         for learn, where in folds:
-            judge("trained on the other model", there, seed, where)
+            other = old.where(~np.isin(old.document, documents[where]))
+            judge("trained on the other model", scoring.trusting(trained(other, seed)), seed, where)
             names = np.random.default_rng(seed).permutation([requests[i].name for i in learn])
             for share in SHARES:
                 some = new.where(np.isin(new.request, names[: round(share * len(names))]))
                 judge(f"trained here, {share:g}", scoring.trusting(trained(some, seed)), seed, where)
-                judge(f"trained on both, {share:g}", scoring.trusting(trained(joined(old, some), seed)), seed, where)
+                judge(f"trained on both, {share:g}", scoring.trusting(trained(joined(other, some), seed)), seed, where)
     everywhere = np.arange(len(requests))
     for learn, where in folds:
         mine = [requests[i] for i in learn]
         judge("fixed plan, chosen here", rivals.static(mine).at(), 0, where)
         judge("table per scenario", _table(mine), 0, where)
-    old_requests = scoring.requests(old)
-    judge("fixed plan, chosen on the other model", rivals.static(old_requests).at(), 0, everywhere)
+        there = scoring.requests(old.where(~np.isin(old.document, documents[where])))
+        judge("fixed plan, chosen on the other model", rivals.static(there).at(), 0, where)
     judge("rules", scoring.trusting(RuleTable()), 0, everywhere)
     judge("full", scoring.always({}), 0, everywhere)
     judge("hindsight", scoring.oracle, 0, everywhere)

@@ -41,7 +41,7 @@ def test_the_target_is_the_controller(smol, tmp_path):
 
     found = []
     ids = smol.tokenizer("The sea was calm and grey. " * 60, return_tensors="pt").input_ids
-    for quality, budget in ((0.01, None), (0.1, 0.6), (0.03, 0.75)):
+    for quality, budget in ((0.01, None), (0.1, 0.6), (0.03, 0.75), (1e-4, None)):
         controller = Controller(selector=RuleTable(), quality=quality, epsilon=0.4, epoch=8, seed=3)
         cache = AdaptiveCache(smol.model, budget, quality, kv_dtype=torch.bfloat16, controller=controller)
         smol.model.generate(
@@ -156,7 +156,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     cost = np.mean([(r["device_bytes"] + 0.1 * r["host_bytes"]) / 2**20 * r["step_ms"] for r in picks])
     loss = np.mean([r["label_loss"] for r in picks])
     broken = np.mean([r["label_loss"] > 10 ** r["features"][SLO] for r in picks])
-    assert len({r["plan"] for r in picks}) > 1 and broken > 0.05
+    assert len({r["plan"] for r in picks}) > 1 and broken > 0.03
 
     code, shown, said = verb(monkeypatch, capsys, "ope", str(tmp_path), "--policy", "rules", "--json")
     assert code == 0 and not said.strip()

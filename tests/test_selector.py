@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as np_arrays
 from models import tiny
 
+from adaptivekv import forest
 from adaptivekv.cache import AdaptiveCache
 from adaptivekv.controller import Controller
 from adaptivekv.decisions import Request
@@ -21,7 +22,7 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 from adaptivekv.layers import model_mark
 from adaptivekv.plan import Plan
-from adaptivekv.selector import INPUTS, RuleTable, TreeSelector, load_or_rules
+from adaptivekv.selector import INPUTS, LOSS_FLOOR, RuleTable, TreeSelector, load_or_rules
 
 export = pytest.importorskip("adaptivekv.trainer.export")
 pytest.importorskip("sklearn")
@@ -56,8 +57,27 @@ def models(one_thread) -> list[Any]:
     return [[mean], [mean, high], [high]]
 
 
+@pytest.fixture(scope="module")
+def grown(one_thread) -> tuple[Any, ...]:
+    """A forest, its states, what fills unknown values, losses of two lossy plans, and the plans' features."""
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    rng = np.random.default_rng(1)
+    x, fill = rng.normal(size=(120, len(schema.NAMES))), np.full(len(schema.NAMES), 0.25)
+    loss = 10 ** np.stack([np.zeros(120) - 9, np.sign(x[:, 0]) - 2, x[:, 1] - 1], 1) * [0, 1, 1]
+    made = ExtraTreesRegressor(20, min_samples_leaf=4, max_leaf_nodes=forest.LEAVES, random_state=0)
+    made.fit(x, np.log10(loss + LOSS_FLOOR))
+    return made, x, fill, loss, plans({}, {"keep": 0.5}, {"v_bits": 2})
+
+
 @pytest.fixture
-def folder(models, tmp_path):
+def folder(models, grown, tmp_path):
+    arrays = export.flatten(models) | export.flatten_forest(*grown)
+    return export.save(tmp_path / "policy", arrays, "synthetic", {"0.01": "int4"}, {"select_cost": 0.5})
+
+
+@pytest.fixture
+def treeless(models, tmp_path):
     return export.save(tmp_path / "policy", export.flatten(models), "synthetic", {"0.01": "int4"}, {"select_cost": 0.5})
 
 
@@ -128,7 +148,40 @@ def test_trees_equal_sklearn_anywhere(models, x):
     np.testing.assert_allclose(policy.raw(x), want, rtol=0, atol=1e-10)
 
 
-def test_prediction_is_ordered_and_lossless_is_zero(folder):
+def test_a_forest_gives_what_sklearn_s_leaves_give(folder, grown):
+    """Weights by parity; the chance is the weighted share of measured losses above the SLO, and falls with it."""
+    made, x, _, loss, known = grown
+    policy = TreeSelector.load(folder)
+    assert export.forest_parity(policy.forest, made, x) < 1e-12
+    state = x[7].copy()
+    weight = policy.forest.weights(state)
+    assert weight.sum() == pytest.approx(1) and weight.argmax() == 7
+    chances = []
+    for quality in (0.003, 0.03, 0.3):
+        state[schema.NAMES.index("log10_quality")] = np.log10(quality)
+        seen = policy.predict(state, known)
+        np.testing.assert_allclose(seen.chance, policy.forest.weights(state) @ (loss > quality), atol=1e-12)
+        chances.append(seen.chance)
+    assert (np.diff(chances, axis=0) <= 1e-9).all() and chances[0][1] > chances[2][1]
+    assert seen.loss[0] == seen.loss_high[0] == seen.chance[0] == 0
+
+
+def test_a_plan_the_forest_does_not_know_is_left_to_the_trees(folder, treeless, grown):
+    known, other = grown[4], plans({"keep": 0.75})
+    state = STATE.copy()
+    state[schema.NAMES.index("log10_quality")] = -2
+    both = TreeSelector.load(folder).predict(state, np.concatenate([known, other]))
+    for part, alone, trees in zip(
+        both, TreeSelector.load(folder).predict(state, known), TreeSelector.load(treeless).predict(state, other),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_allclose(part[-1], trees[0], rtol=1e-12)
+        if part is not both.step_ms:  # which the trees of this test let depend on what was probed
+            np.testing.assert_allclose(part[:-1], alone, rtol=1e-12)
+
+
+def test_prediction_is_ordered_and_lossless_is_zero(treeless):
+    folder = treeless
     seen = TreeSelector.load(folder).predict(STATE, plans({}, {"keep": 0.5}, {"device_share": 0.1}, {"v_bits": 2}))
     assert seen.loss.shape == seen.loss_high.shape == seen.step_ms.shape == (4,)
     assert seen.loss[[0, 2]].tolist() == seen.loss_high[[0, 2]].tolist() == [0, 0]
@@ -180,11 +233,17 @@ FAULTS = {
     "dtype": (lambda a, m: a.__setitem__("left", a["left"].astype(np.int64)), "left is int64"),
     "object": (lambda a, m: a.__setitem__("value", np.array([{}], dtype=object)), "not readable"),
     "array missing": (lambda a, m: a.pop("roots"), "not readable.*roots"),
-    "format": (broken_manifest("format", 99), "format is 99, not 2"),
+    "format": (broken_manifest("format", 99), "format is 99, not 3"),
     "schema": (broken_manifest("schema", 99), f"schema is 99, not {schema.VERSION}"),
     "names": (broken_manifest("names", ["x"]), f"names differ from schema {schema.VERSION}"),
     "margin": (broken_manifest("margin", float("nan")), "margin is nan"),
     "label": (broken_manifest("label", None), "label is missing"),
+    "forest cycle": (broken_array("forest_left", 0, 0), "forest: a left child lies outside its tree"),
+    "forest feature": (broken_array("forest_feature", 0, 999), "forest: a feature index"),
+    "forest member": (broken_array("forest_member", (0, 0), 0), "forest: a member is not in a leaf"),
+    "forest loss": (broken_array("forest_loss", (0, 1), np.nan), "forest: a loss, plan or fill"),
+    "forest plans": (lambda a, m: a.__setitem__("forest_plans", a["forest_plans"][:2]), "forest: .* do not fit"),
+    "forest in part": (lambda a, m: a.pop("forest_fill"), "not readable.*forest_fill"),
 }
 
 

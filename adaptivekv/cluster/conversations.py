@@ -251,6 +251,7 @@ class Engine:
         try:
             talk.stop, talk.meter = stop, Meter(talk.cache) if self.record else None
             controller.selector, controller.shadow = self.selector, shadow
+            controller.meet(self.mark)
             controller.epsilon = self.defaults.epsilon
             ids, positions = talk.encode(job.messages, job.raw), talk.cache.positions
             if positions and len(ids) >= positions:

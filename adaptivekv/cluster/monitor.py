@@ -38,7 +38,7 @@ class Widened:
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
         seen = self.selector.predict(state, plans)
-        return seen._replace(loss_high=seen.loss_high * 10**self.by)
+        return seen._replace(loss_high=seen.loss_high * 10**self.by, chance=seen.chance * 10**self.by)
 
 
 @dataclasses.dataclass

@@ -122,7 +122,7 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
     longest = max(reference.cache.positions, watched.prompt + watched.new)
     limit = limited.budget or watched.full * longest // (watched.prompt + watched.new)
     values["pressure"] = min(1.0, used / limit + request.pressure)
-    values["host_room"] = max(0.0, request.host - max(0, used - limit) / watched.full)
+    values["host_room"] = request.host
     return values
 
 

@@ -42,7 +42,7 @@ KEYS = tuple(f"{what}_{group}" for what in ("spread", "norms") for group in GROU
 LOGITS = ("logit_entropy", "logit_margin")
 SYSTEM = (
     "pressure",  # device bytes used / budget
-    "host_room",  # host bytes free / full bytes
+    "host_room",  # host bytes that it may use, what it holds there included / full bytes
     "log10_link",  # GB/s between host and device
 )
 NAMES: tuple[str, ...] = REQUEST + ATTENTION + PROBE + KEYS + LOGITS + SYSTEM
@@ -80,16 +80,18 @@ def joint(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
     kept = np.where(recalls[:, None, None], foretold, seen)
     lost = all_lost[:, None] + (weights[:, None, : len(KEPT)] @ kept)[:, 0]  # [n, groups]
     error = (weights[:, None, len(KEPT) :] @ errors)[:, 0]
-    return np.stack([lost.mean(1), lost.max(1), error.mean(1), error.max(1), _link_time(state, plans)], 1)
+    return np.stack([lost.mean(1), lost.max(1), error.mean(1), error.max(1), link_time(state, plans)], 1)
 
 
-def _link_time(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
+def link_time(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
+    """The last of `JOINT`, [n]."""
     keep, k_bits, v_bits, device, read = plans.T[:5]
-    prompt, room, link = (state[..., NAMES.index(name)] for name in ("log2_prompt", "host_room", "log10_link"))
+    prompt, room, link = (state[..., at] for at in _LINK)
     leaves = keep * np.minimum(k_bits + v_bits, 32) / 32 * (1 - device)  # of the full cache
     return np.log10(1 + 2.0**prompt * read * np.fmin(leaves, room) / 10.0**link)  # an unknown room is large enough
 
 
+_LINK = tuple(NAMES.index(name) for name in ("log2_prompt", "host_room", "log10_link"))
 _BY_RECALL = PLAN_NAMES.index("by_recall")
 _PROBE = slice(NAMES.index(PROBE[0]), NAMES.index(PROBE[-1]) + 1)
 

@@ -11,11 +11,11 @@ import torch
 from adaptivekv.memory.pages import PagePool
 
 
-def system_features(pool: PagePool, budget: int, full: int) -> dict[str, float]:
-    """Bytes: the device budget, and what the request's full 16-bit cache would take."""
+def system_features(pool: PagePool, budget: int, full: int, held: int) -> dict[str, float]:
+    """Bytes: the device budget, what the request's full 16-bit cache would take, and what it holds on the host."""
     return {
         "pressure": (pool.device_used + pool.staging_bytes) / max(1, budget),
-        "host_room": pool.host_free / max(1, full),
+        "host_room": (pool.host_free + held) / max(1, full),
         "log10_link": math.log10(link_gbs(str(pool.device))),
     }
 

@@ -1,8 +1,8 @@
 """Certify one number of a frozen selector, its margin, so that at most a share alpha of requests break their SLO.
 
-The selector takes the cheapest plan whose predicted high loss times 10**margin meets the SLO. Margins are tried from
-conservative to liberal (GRID, declared here and never chosen from data) on fresh, replayed requests of split "certify";
-what is counted is the measured loss of the plan the selector would have taken, end to end. Learn-Then-Test with a fixed
+The selector takes the plan of least cost + 10**margin x chance of breaking the SLO. Margins are tried from conservative
+to liberal (GRID, declared here and never chosen from data) on fresh, replayed requests of split "certify"; what is
+counted is the measured loss of the plan the selector would have taken, end to end. Learn-Then-Test with a fixed
 sequence (ltt.py) stops at the first margin that fails; the one before it is certified.
 
 **One margin, every SLO at once.** The run-time margin does not depend on the SLO, so the claim must hold for each SLO
@@ -11,9 +11,9 @@ broken often; a margin for each SLO could not be applied. Each request is theref
 all of them), and a margin passes only if the test of every SLO rejects at delta. That needs no correction: claiming all
 is an intersection-union test, and its error is at most delta. SLOs off the ladder are not claimed.
 
-**What is promised.** The budget comes first: where no plan that fits is predicted to keep the SLO, the controller takes
-the safest, and its decision says that nothing was promised. A violation is a promise that was broken; the certificate
-records the share of requests with a promise, by SLO.
+**What is promised.** The budget comes first: an SLO that no plan within the limits keeps is broken by nobody, unless
+the policy thought it more likely than not that it keeps it. A violation is any other broken SLO, counted among all
+requests; the certificate records, by SLO, the share of requests that can be judged so.
 
 **Groups.** Kind of scenario, and prompts above or not above a length that was known before: the median of the training
 requests. Always reported, without a claim. With `group` each group is walked on its own at delta / groups, so that each
@@ -34,12 +34,13 @@ import pyarrow as pa
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
-from adaptivekv.selector import Selector
+from adaptivekv.selector import EVEN, Selector, price
 from adaptivekv.trainer import certificate, dataset, fresh, frozen, ltt, scoring, tracking
 from adaptivekv.trainer.scoring import QUALITIES, Request
 
 GRID = tuple(round(3.05 - 0.1 * i, 2) for i in range(41))
-"""Margins, log10 nats: 3.05 (little but lossless plans) to -0.95. Never 0, which says "not certified" at run time."""
+"""Margins, log10 of full caches: 3.05 (little but lossless plans) to -0.95. Never 0, which says "not certified" at run
+time."""
 GROUPS = ("scenario", "length")
 PROMPT = schema.NAMES.index("log2_prompt")
 Progress = Callable[[int, int], None]
@@ -129,27 +130,23 @@ def _name(source: str | Path) -> str:
 def outcomes(
     selector: Selector, requests: list[Request], grid: Sequence[float], progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measured loss (nats per token; NaN where nothing was promised) and cost (of the full cache) of the plan chosen:
-    float64 [n, Q, L] each.
+    """Measured loss (nats per token; NaN where the SLO can neither be kept nor was promised) and cost (of the full
+    cache) of the plan chosen: float64 [n, Q, L] each.
 
     The same choice as scoring.trusting makes under each margin, for all margins at once.
     """
-    scale = np.array([10**margin for margin in grid])
+    margins = np.array(grid)[:, None]
     loss = np.empty((len(requests), len(QUALITIES), len(grid)))
     cost = np.empty_like(loss)
     for i, request in enumerate(requests):
         for j, quality in enumerate(QUALITIES):
-            state = request.rows.state[0].copy()
-            state[scoring.QUALITY] = np.log10(quality)
-            predicted = selector.predict(state, request.rows.plan_features)
-            if not all(np.isfinite(values).all() for values in predicted):
-                raise AdaptiveKVError(f"certify: the policy predicts NaN for request {str(request.rows.request[0])!r}")
-            price, high = request.limited(request.price * predicted.step_ms, predicted.loss_high * scale[:, None])
-            meets = high <= quality
-            safest = [scoring.cheapest(price, row, quality) for row in high[~meets.any(axis=1)]]
-            chosen = np.argmin(np.where(meets, price, np.inf), axis=1)
-            chosen[~meets.any(axis=1)] = safest
-            loss[i, j] = np.where(meets.any(axis=1), request.rows.loss[chosen], np.nan)
+            predicted, chance = scoring.asked(selector, request, quality)
+            if not (np.isfinite(predicted) & np.isfinite(chance)).all():
+                raise AdaptiveKVError(f"certify: the policy predicts NaN for request {request.name!r}")
+            worth = price(predicted, request.full, chance, margins)
+            chosen = np.argmin(np.where(request.fits, worth, np.inf), axis=1)
+            counts = (request.rows.loss[request.fits].min() <= quality) | (chance[chosen] < EVEN)
+            loss[i, j] = np.where(counts, request.rows.loss[chosen], np.nan)
             cost[i, j] = request.cost[chosen]
         if progress:
             progress(i + 1, len(requests))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptivekv import selector
+from adaptivekv import forest, selector
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 
@@ -43,6 +43,26 @@ def flatten(models: Models) -> dict[str, np.ndarray]:
             parts["value"].append(nodes["value"])
             size += len(nodes)
     return {key: np.concatenate(value).astype(selector.ARRAYS[key]) for key, value in parts.items()}
+
+
+def flatten_forest(
+    grown: Any, x: np.ndarray, fill: np.ndarray, loss: np.ndarray, plans: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The arrays of forest.ARRAYS. grown: a scikit-learn forest of the states x [n, F], unknown values filled with fill
+    [F]; loss [n, P]: of the same requests; plans [P, PF]: the features of the plans."""
+    parts: dict[str, list[Any]] = {name: [] for name in ("feature", "threshold", "left", "right", "roots", "member")}
+    size = 0
+    for tree in (estimator.tree_ for estimator in grown.estimators_):
+        parts["roots"].append([size])
+        for name, children in (("left", tree.children_left), ("right", tree.children_right)):
+            parts[name].append(np.where(children < 0, -1, children + size))
+        parts["feature"].append(np.maximum(tree.feature, 0))
+        parts["threshold"].append(tree.threshold)
+        parts["member"].append(tree.apply(x.astype(np.float32))[None] + size)
+        size += tree.node_count
+    arrays = {name: np.concatenate(value) for name, value in parts.items()}
+    arrays |= {"loss": loss, "plans": plans, "fill": fill}
+    return {f"forest_{name}": value.astype(forest.ARRAYS[f"forest_{name}"][0]) for name, value in arrays.items()}
 
 
 def save(
@@ -81,12 +101,29 @@ def save(
 
 
 def parity(policy: selector.TreeSelector, models: Models, x: np.ndarray, seed: int = 0, rows: int = 2000) -> float:
-    """The largest difference on `rows` fresh rows around x [n, F + PF], a fifth of their entries NaN; > 1e-9 raises."""
+    """The largest difference on `rows` fresh rows around x [n, INPUTS], a fifth of their entries NaN; > 1e-9 raises."""
+    fresh = _around(x, seed, rows)
+    want = np.stack([total(summands, fresh) for summands in models], axis=1)
+    return _same(float(np.abs(policy.raw(fresh) - want).max()))
+
+
+def forest_parity(flat: forest.Forest, grown: Any, x: np.ndarray, seed: int = 0, rows: int = 200) -> float:
+    """The same of the weights of the requests x [n, F], unknown values filled, that `grown` was grown on."""
+    fresh = _around(x, seed, rows)
+    leaf = grown.apply(flat.filled(fresh))[:, None]  # [rows, 1, T]
+    same = leaf == grown.apply(x.astype(np.float32))  # [rows, n, T]
+    want = (same / same.sum(1, keepdims=True)).mean(2)
+    return _same(float(np.abs(np.stack([flat.weights(state) for state in fresh]) - want).max()))
+
+
+def _around(x: np.ndarray, seed: int, rows: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     fresh = x[rng.integers(len(x), size=rows)] * rng.choice([1.0, 0.9, 1.1], size=(rows, 1))
     fresh[rng.random(fresh.shape) < 0.2] = np.nan
-    want = np.stack([total(summands, fresh) for summands in models], axis=1)
-    worst = float(np.abs(policy.raw(fresh) - want).max())
+    return fresh
+
+
+def _same(worst: float) -> float:
     if not worst <= 1e-9:
         raise AdaptiveKVError(f"policy: differs from scikit-learn by {worst:.3g}; install another scikit-learn")
     return worst

@@ -103,6 +103,9 @@ def promote(
     old = champion.manifest if isinstance(champion, TreeSelector) else {"metrics": {}}
     previous_cost = old["metrics"].get("select_cost")
     found, reasons = None, []
+    marks = {str(manifest["model"]) for manifest in (policy.manifest, old) if manifest.get("model")}
+    if len(marks) > 1:
+        reasons.append(f"the champion was trained on another model ({' and '.join(sorted(marks))})")
     if lost := _certificate_lost(policy.manifest.get("certificate"), old.get("certificate")):
         reasons.append(lost)
     if gate:

@@ -131,7 +131,7 @@ def replay(
         finally:
             run.free()
         if text:
-            out.text = _answer(reference, controller, state, budget, min(text, reference.new), out.flip_rate)
+            out.text = _answer(reference, controller, state, budget, host, min(text, reference.new), out.flip_rate)
     out.seconds = time.perf_counter() - start
     return out
 
@@ -152,7 +152,9 @@ def answer(reference: Reference, plan: str | Plan) -> tuple[list[int], int]:
         run.free()
 
 
-def _answer(reference: Reference, controller: Controller, state: Any, budget: Budget, limit: int, flips: float) -> str:
+def _answer(
+    reference: Reference, controller: Controller, state: Any, budget: Budget, host: int | None, limit: int, flips: float
+) -> str:
     """The free-running answer: the reference's own as long as no choice differed, else generated anew."""
     stops, own = stop_tokens(reference.loaded), reference.tokens[:limit]
     whole = len(own) == limit or any(token in stops for token in own)
@@ -160,7 +162,7 @@ def _answer(reference: Reference, controller: Controller, state: Any, budget: Bu
         own = own[: next((i for i, token in enumerate(own) if token in stops), len(own))]
         return reference.loaded.tokenizer.decode(own, skip_special_tokens=True)
     controller.rng.bit_generator.state = state  # explores as it did
-    run = Branch(reference, controller, budget)
+    run = Branch(reference, controller, budget, host)
     try:
         tokens, _ = run.generate(limit, stops)
     finally:

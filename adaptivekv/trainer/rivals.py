@@ -3,9 +3,9 @@
 All are fitted on the train split; what must be tuned is tuned on select. Every way has one safety knob, a margin in
 log10, so that all can be certified for the same violation budget by the same test (ltt.py) on split certify:
 
-- a way that bounds losses (selector, rules, table, static, random) takes the cheapest plan whose bound times 10**margin
-  meets the SLO;
-- a way that weighs risks (forest, bandit) takes the plan of least cost + 10**margin x chance of a violation.
+- a way that bounds losses (table, static, random) takes the cheapest plan whose bound times 10**margin meets the SLO;
+- a way that weighs risks (selector, rules, forest, bandit) takes the plan of least cost + 10**margin x chance of a
+  violation.
 
 Margin 0 is the way as it is. Requests must all have been replayed through the same P plans.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.selector import KEEP, Selector, is_lossless
+from adaptivekv.selector import EVEN, KEEP, Selector, is_lossless
 from adaptivekv.trainer import ltt, scoring
 from adaptivekv.trainer.certify import GRID, PROMPT
 from adaptivekv.trainer.scoring import ALPHA, QUALITIES, Choice, Request
@@ -70,40 +70,17 @@ def certify(
     for i, request in enumerate(requests):
         for j, quality in enumerate(QUALITIES):
             at = way.picks(request, quality, scale)
-            if way.pick is bounded:  # where no bound meets the SLO, it promises nothing, as the controller does
-                high = request.limited(*way.predict(request, quality))[1].min()
-                broken[i, j] = (high * scale <= quality) & (request.rows.loss[at] > quality)
+            risk = request.limited(*way.predict(request, quality))[1]
+            if way.pick is bounded:  # where no bound meets the SLO, it promises nothing
+                broken[i, j] = (risk.min() * scale <= quality) & (request.rows.loss[at] > quality)
             else:
-                broken[i, j] = request.broken(at, quality)
+                promised = (risk[at] < EVEN) & (request.rows.loss[at] > quality)
+                broken[i, j] = request.broken(at, quality) | promised
     last = ltt.walk(broken, alpha, delta).last
     return None if last < 0 else grid[last]
 
 
 # -- ways that bound losses ------------------------------------------------------------------------------------------
-
-
-def trusting(selector: Selector) -> Way:
-    """A selector, as scoring.trusting has it."""
-
-    def predict(request: Request, quality: float) -> tuple[np.ndarray, np.ndarray]:
-        state = request.rows.state[0].copy()
-        state[scoring.QUALITY] = np.log10(quality)
-        seen = selector.predict(state, request.rows.plan_features)
-        return request.price * seen.step_ms, seen.loss_high
-
-    return Way(predict, bounded)
-
-
-def shy(way: Way) -> Way:
-    """Never an eviction: what the controller does with a selector that is not certified, if memory allows."""
-
-    def predict(request: Request, quality: float) -> tuple[np.ndarray, np.ndarray]:
-        price, high = way.predict(request, quality)
-        evicts = request.rows.plan_features[:, KEEP] < 1
-        evicts &= bool((request.fits & ~evicts).any())
-        return np.where(evicts, np.inf, price), np.where(evicts, np.inf, high)
-
-    return Way(predict, way.pick)
 
 
 class Table:
@@ -169,6 +146,28 @@ def random(train: Sequence[Request]) -> Way:
 
 
 # -- ways that weigh risks -------------------------------------------------------------------------------------------
+
+
+def trusting(selector: Selector) -> Way:
+    """A selector, as scoring.trusting has it."""
+
+    def predict(request: Request, quality: float) -> tuple[np.ndarray, np.ndarray]:
+        cost, chance = scoring.asked(selector, request, quality)
+        return cost / cost[request.full], chance
+
+    return Way(predict, weighed)
+
+
+def shy(way: Way) -> Way:
+    """Never an eviction: what the controller does with a selector that is not certified, if memory allows."""
+
+    def predict(request: Request, quality: float) -> tuple[np.ndarray, np.ndarray]:
+        price, high = way.predict(request, quality)
+        evicts = request.rows.plan_features[:, KEEP] < 1
+        evicts &= bool((request.fits & ~evicts).any())
+        return np.where(evicts, np.inf, price), np.where(evicts, np.inf, high)
+
+    return Way(predict, way.pick)
 
 
 class Inputs:

@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from adaptivekv.features import schema
-from adaptivekv.selector import RuleTable, Selector
+from adaptivekv.selector import QUALITY, RuleTable, Selector, price
 from adaptivekv.trainer.dataset import Rows, by_plan
 
 KAPPA = 0.1  # a host byte, in device bytes
 QUALITIES = (0.003, 0.01, 0.03, 0.1)  # the SLO ladder, nats per token
 ALPHA = 0.05  # share of requests that may break their SLO
-QUALITY = schema.NAMES.index("log10_quality")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +76,21 @@ Choice = Callable[[Request, float], int]
 
 
 def trusting(selector: Selector) -> Choice:
-    """The cheapest predicted plan whose high loss meets the SLO; if none does, the safest."""
+    """Of the plans that fit, the one of least cost and risk, as the controller takes it."""
 
     def choose(request: Request, quality: float) -> int:
-        state = request.rows.state[0].copy()
-        state[QUALITY] = np.log10(quality)
-        seen = selector.predict(state, request.rows.plan_features)
-        high = seen.loss_high * 10**selector.margin
-        return cheapest(*request.limited(request.price * seen.step_ms, high), quality)
+        cost, chance = asked(selector, request, quality)
+        return int(np.argmin(np.where(request.fits, price(cost, request.full, chance, selector.margin), np.inf)))
 
     return choose
+
+
+def asked(selector: Selector, request: Request, quality: float) -> tuple[np.ndarray, np.ndarray]:
+    """What a selector predicts of the request's plans [n]: cost, and the chance that they break the SLO."""
+    state = request.rows.state[0].copy()
+    state[QUALITY] = np.log10(quality)
+    seen = selector.predict(state, request.rows.plan_features)
+    return request.price * seen.step_ms, seen.chance
 
 
 def oracle(request: Request, quality: float) -> int:

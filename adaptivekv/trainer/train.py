@@ -10,11 +10,13 @@ from threadpoolctl import threadpool_limits
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
+from adaptivekv.forest import LEAVES
 from adaptivekv.selector import LOSS_FLOOR, MAX_LEAVES, Prediction, TreeSelector, is_lossless
 from adaptivekv.trainer import dataset, export, scoring, tracking
 from adaptivekv.trainer.dataset import Rows
 
 PLAN_TREES, REST_TREES, ERROR_TREES, TIME_TREES = 20, 60, 10, 15
+FOREST_TREES = 100
 QUANTILE = 0.9
 LEAST = 60  # rows of which a quantile is taken: plans with fewer share one
 FOLDS = 5
@@ -54,13 +56,15 @@ def train(
     # Small data: more threads than one make scikit-learn slower, and far slower on a busy machine.
     with threadpool_limits(1), tracking.run(mlflow, "train", experiment, f"train-seed{seed}") as run_id:
         say(f"fitting on {len(parts['train'])} rows of {len(requests['train'])} requests")
-        models = fit(parts["train"], seed)
-        arrays = export.flatten(models)
+        models, grown = fit(parts["train"], seed), grow(parts["train"], seed)
+        arrays = export.flatten(models) | export.flatten_forest(*grown)
         label = f"train-{run_id[:8]}"
         folder = export.save(out_dir, arrays, label, model=model)
         policy = TreeSelector.load(folder)
         say("checking the exported trees against scikit-learn")
         metrics = {"parity": export.parity(policy, models, inputs(parts["train"]), seed)}
+        assert policy.forest is not None
+        metrics["forest_parity"] = export.forest_parity(policy.forest, *grown[:2], seed)
         say("scoring on the select split")
         predicted = predict_rows(policy, parts["select"])
         metrics |= accuracy(parts["select"], predicted) | scoring.compare(policy, best_static, requests["select"])
@@ -71,6 +75,7 @@ def train(
         params = {
             "seed": seed,
             "trees": PLAN_TREES + REST_TREES + ERROR_TREES + TIME_TREES,
+            "forest": FOREST_TREES,
             "leaves": MAX_LEAVES,
             "quantile": QUANTILE,
             "rows": len(parts["train"]),
@@ -133,7 +138,9 @@ def fit(rows: Rows, seed: int) -> export.Models:
         return [plan, model(x, left, learning_rate=0.12, max_iter=REST_TREES, max_features=0.4)]
 
     x, lossy = inputs(rows), ~is_lossless(rows.plan_features)
-    time_model = model(x, np.log10(rows.step_ms), learning_rate=0.2, max_iter=TIME_TREES, max_features=0.8)
+    timed = x.copy()
+    timed[:, -len(schema.JOINT) : -1] = 0.0  # a step's time has nothing to do with what was probed
+    time_model = model(timed, np.log10(rows.step_ms), learning_rate=0.2, max_iter=TIME_TREES, max_features=0.8)
     x, y, request = x[lossy], np.log10(rows.loss + LOSS_FLOOR)[lossy], rows.request[lossy]
     folds = min(FOLDS, len(set(request)))
     if folds < 2:
@@ -145,6 +152,34 @@ def fit(rows: Rows, seed: int) -> export.Models:
     quantile: dict[str, Any] = {"loss": "quantile", "quantile": QUANTILE, "min_samples_leaf": LEAST}
     high = model(alone(x), error, learning_rate=0.5, max_iter=ERROR_TREES, **quantile)
     return [losses, [high], [time_model]]
+
+
+def grow(rows: Rows, seed: int) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The forest, and the states [n, F] of its requests, what fills unknown values [F], the requests' losses [n, P] and
+    the features [P, PF] of the plans: those that all requests were replayed through.
+
+    It looks for requests alike in the losses of all plans at once; the SLO is none of their features.
+    """
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    requests = scoring.requests(rows)
+    shared = set.intersection(*(set(request.rows.plan.tolist()) for request in requests))
+    picks = [[i for i, plan in enumerate(request.rows.plan.tolist()) if plan in shared] for request in requests]
+    loss = np.stack([request.rows.loss[pick] for request, pick in zip(requests, picks, strict=True)])
+    x = np.stack([request.rows.state[0] for request in requests])
+    x[:, scoring.QUALITY] = np.nan
+    known = np.isfinite(x).any(axis=0)
+    fill = np.zeros(x.shape[1])
+    fill[known] = np.nanmedian(x[:, known], axis=0)
+    x = np.where(np.isnan(x), fill, x)
+    settings = {"min_samples_leaf": 4, "max_features": 0.6, "max_leaf_nodes": LEAVES, "random_state": seed}
+    grown = ExtraTreesRegressor(FOREST_TREES, **settings).fit(x, np.log10(loss + LOSS_FLOOR))
+    return grown, x, fill, loss, requests[0].rows.plan_features[picks[0]]
+
+
+def learned(rows: Rows, seed: int) -> dict[str, np.ndarray]:
+    """The arrays of a policy."""
+    return export.flatten(fit(rows, seed)) | export.flatten_forest(*grow(rows, seed))
 
 
 def predict_rows(policy: TreeSelector, rows: Rows) -> Prediction:
