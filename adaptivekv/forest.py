@@ -35,7 +35,7 @@ class Forest:
         self._feature = np.where(made.empty, 0, get["feature"][made.node])
         self._threshold = np.where(made.empty, np.inf, get["threshold"][made.node])
         self._clears, self._fill, self._loss = made.clears, get["fill"], get["loss"]
-        self._log, self._lossy = np.log10(self._loss + FLOOR), self._loss.any(axis=0)
+        self._log, self._lossy = np.log10(self._loss + FLOOR), self._loss.max(axis=0) > 0
         position = np.zeros(len(get["left"]), np.uint8)
         for leaf, count in zip(made.leaf, LEAVES - made.empty.sum(0), strict=True):
             position[leaf[:count]] = np.arange(count)
