@@ -21,7 +21,7 @@ from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.policies.base import NEEDS
 from adaptivekv.pressure import bring_back, make_room
-from adaptivekv.selector import EVEN, Prediction, RuleTable, Selector, foreign, price, warn
+from adaptivekv.selector import SURE, Prediction, RuleTable, Selector, foreign, price, warn
 
 CANDIDATES = (
     "full", "int8", "tuned(0.12, high=int8, low=int4)", "int4", "k4v2(window=0)",
@@ -200,7 +200,7 @@ class Controller:
             cost = (device + KAPPA * (host + disk)) * np.maximum(seen.step_ms, 1e-3)
             chance = seen.chance if self.quality else np.where(seen.loss_high > 0, 1e6, 0.0)  # 0: no loss at all
             worth = price(cost, self.full, chance, selector.margin)
-            free, good = allowed, allowed & (chance < EVEN)
+            free, good = allowed, allowed & (chance < SURE)
             if selector.margin == 0 and (good & ~self.evicts).any():
                 free, good = free & ~self.evicts, good & ~self.evicts  # no later decision repairs one: only a certified
                 # selector may prefer an eviction

@@ -24,7 +24,7 @@ FORMAT = 3
 TARGETS = ("log10_loss", "log10_error", "log10_step_ms")  # the error: what the high loss adds to the mean
 STEP_MS = TARGETS.index("log10_step_ms")
 LOSS_FLOOR = forest.FLOOR
-EVEN = 0.5  # a chance of breaking the SLO below this is a promise to keep it
+SURE = 0.1  # a plan whose chance of breaking the SLO is below this promises to keep it
 MAX_LEAVES = 8  # per tree: one bit each in a byte
 INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES) + len(schema.JOINT)  # a tree sees the state, the plan, and both
 

@@ -148,7 +148,7 @@ def test_nothing_passes(store, trained, tmp_path):
     """A population in which even the lossless plan loses: one line with the best bound, no files, a failed run."""
     lost = [row | {"label_loss": 1.0} for row in rows(80, "certify", 5)]
     trajectories.write(lost + rows(2, "train", 0), tmp_path / "part-0000.parquet")
-    with pytest.raises(AdaptiveKVError, match=r"no margin passes, nothing is certified.*best bound found is 0\.9") as e:
+    with pytest.raises(AdaptiveKVError, match=r"nothing is certified: the first, 3\.05, has bound 1\.") as e:
         certify.certify([tmp_path], trained["policy"], out_dir=tmp_path / "out", tracking_uri=store)
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
     runs = tracking.client(store).search_runs(["1"], f"tags.`{tracking.KIND}` = 'certify'")

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -122,12 +123,12 @@ def test_the_coin_is_fair_and_seeded(tmp_path: Path) -> None:
 
 
 class Safe(RuleTable):
-    """Fears every loss."""
+    """Fears every risk."""
 
     name = "safe"
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
-        return super().predict(state, plans)._replace(loss_high=30 * super().predict(state, plans).loss)
+        return super().predict(state, plans)._replace(chance=1000 * super().predict(state, plans).chance)
 
 
 class Broken(RuleTable):
@@ -139,12 +140,12 @@ class Broken(RuleTable):
 
 def test_a_shadow_is_logged_and_never_obeyed(engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def ask() -> None:
-        await run(engine, id="alone", quality=0.01)
+        await run(engine, id="alone", quality=0.03)
         engine.shadow = Safe()
-        await run(engine, id="shadowed", quality=0.01)
+        await run(engine, id="shadowed", quality=0.03)
         engine.shadow = Broken()
         for id in ("broken", "after"):
-            await run(engine, id=id, quality=0.01)
+            await run(engine, id=id, quality=0.03)
         assert engine.shadow is None
         await engine.reconfigure("rules", shadow=str(tmp_path / "none"))
         assert engine.shadow is None
@@ -184,7 +185,7 @@ def test_margins_and_reconfiguring(engine: Engine, monkeypatch: pytest.MonkeyPat
         assert engine.selector.name == "rules~0.4"
         await engine.reconfigure(margin=WIDEST)
         (event,) = [e for e in await run(engine, quality=0.1) if "done" in e]
-        assert event["done"]["kv"]["plan"] == "full"
+        assert event["done"]["kv"]["plan"] == "int8"  # k4v2 without it
         await engine.reconfigure()  # a margin does not stay, what was asked for does
         assert engine.selector.name == "rules"
         monkeypatch.setattr(engine, "mark", "another model")
@@ -212,11 +213,16 @@ def trained(store: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return made | {"data": folder}
 
 
-def changed(run: dict[str, Any], store: str, folder: Path, **manifest: Any) -> str:
-    """A run with the same policy under another manifest."""
+def changed(run: dict[str, Any], store: str, folder: Path, fear: float = 0.0, **manifest: Any) -> str:
+    """A run with the same policy under another manifest, or one that expects 10**fear times the losses."""
     folder.mkdir()
     policy = Path(run["policy"])
-    (folder / "policy.npz").write_bytes((policy / "policy.npz").read_bytes())
+    with np.load(policy / "policy.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    arrays["baseline"][0] += fear
+    arrays["forest_loss"] *= 10**fear
+    np.savez(folder / "policy.npz", **arrays)
+    manifest["sha256"] = hashlib.sha256((folder / "policy.npz").read_bytes()).hexdigest()
     (folder / "policy.json").write_text(json.dumps(json.loads((policy / "policy.json").read_text()) | manifest))
     mlflow = tracking.client(store)
     with tracking.run(mlflow, "certify") as run_id:
@@ -305,7 +311,7 @@ def test_the_whole_circle(tiny: LoadedModel, trained: Any, store: str, tmp_path:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(looping, "label", steady)
-    registry.promote(changed(trained, store, tmp_path / "a", margin=5.0), tracking_uri=store)
+    registry.promote(changed(trained, store, tmp_path / "a", fear=5.0), tracking_uri=store)
     said: list[str] = []
     found = looping.loop(
         TABLES, 10, 8, ("full", "int8", "k4v2"), 0.3, max_tokens=380, new_tokens=4, out=tmp_path / "loop",

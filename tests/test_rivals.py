@@ -107,7 +107,7 @@ def test_nobody_takes_what_does_not_fit():
     hard = tight[1]
     broken = [[bool(hard.broken(i, q)) for q in QUALITIES] for i in np.flatnonzero(hard.fits)]
     assert hard.scenario == "hard" and sorted(broken) == [[False] * 4, [False, False, False, True]]
-    strict, loose, *_ = outcomes(RuleTable(), tight, GRID)[0][1]  # where nothing can be kept, a promise counts
+    strict, loose, *_ = outcomes(RuleTable(), tight, GRID)[0][1]  # nothing is promised; a promise that is broken
     assert np.isnan(strict).all() and loose[0] == pytest.approx(0.05)
     nothing = made(2, room=0.01)[0]
     assert nothing.rows.plan[nothing.fits].tolist() == ["snapkv(0.1)"]

@@ -93,6 +93,10 @@ def test_the_loop(data, store, tmp_path, monkeypatch):
     m = first["metrics"]
     assert m["parity"] < 1e-9 and m["mae_log10_loss"] < 0.2 and 0.8 < m["coverage_high"] <= 1
     assert first["best_static"]["0.003"] == "int8"
+    flat = TreeSelector.load(first["policy"])
+    known = [schema.row(FULL | changes, schema.PLAN_NAMES) for changes, _ in PLANS.values()]
+    seen = flat.predict(schema.row({"log2_prompt": 10.0, "log10_quality": -5.0}), np.stack(known))
+    assert ((seen.loss == 0) == (seen.chance == 0)).all() and (seen.chance == 0).sum() == 2  # full and its offload
     # At 0.003 easy requests can take int4 and hard ones cannot: a fixed plan pays for the hard. The oracle bounds all.
     assert m["cost/selector"] < 0.85 * m["cost/static"] and m["select_cost"] < m["charged/static"]
     assert m["violation/selector"] < 0.15

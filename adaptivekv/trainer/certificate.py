@@ -59,7 +59,7 @@ def judge(
         "margin": grid[last],
         "grid": list(grid),
         "slos": {str(q): _rate(broken[:, j, last], delta) for j, q in enumerate(QUALITIES)},
-        "judged": {str(q): float(np.isfinite(loss[:, j, last]).mean()) for j, q in enumerate(QUALITIES)},
+        "promised": {str(q): float(np.isfinite(loss[:, j, last]).mean()) for j, q in enumerate(QUALITIES)},
         "violations": int(counts[worst]),  # of the SLO that is broken most
         "bound": float(bounds[worst]),
         "confidence": 1 - delta,

@@ -1,8 +1,8 @@
 """Certify one number of a frozen selector, its margin, so that at most a share alpha of requests break their SLO.
 
-The selector takes the plan of least cost + 10**margin x chance of breaking the SLO. Margins are tried from conservative
-to liberal (GRID, declared here and never chosen from data) on fresh, replayed requests of split "certify"; what is
-counted is the measured loss of the plan the selector would have taken, end to end. Learn-Then-Test with a fixed
+The selector takes the plan of least cost + 10**margin x chance of breaking the SLO. Margins are tried from
+conservative to liberal (GRID, declared here and never chosen from data) on fresh, replayed requests of split "certify";
+what is counted is the measured loss of the plan the selector would have taken, end to end. Learn-Then-Test with a fixed
 sequence (ltt.py) stops at the first margin that fails; the one before it is certified.
 
 **One margin, every SLO at once.** The run-time margin does not depend on the SLO, so the claim must hold for each SLO
@@ -11,9 +11,9 @@ broken often; a margin for each SLO could not be applied. Each request is theref
 all of them), and a margin passes only if the test of every SLO rejects at delta. That needs no correction: claiming all
 is an intersection-union test, and its error is at most delta. SLOs off the ladder are not claimed.
 
-**What is promised.** The budget comes first: an SLO that no plan within the limits keeps is broken by nobody, unless
-the policy thought it more likely than not that it keeps it. A violation is any other broken SLO, counted among all
-requests; the certificate records, by SLO, the share of requests that can be judged so.
+**What is promised.** The budget comes first: where every plan that fits has a tenth of a chance or more to break the
+SLO (selector.SURE), nothing was promised, and the decision says so. A violation is a promise that was broken, counted
+among all requests; the certificate records the share of requests with a promise, by SLO.
 
 **Groups.** Kind of scenario, and prompts above or not above a length that was known before: the median of the training
 requests. Always reported, without a claim. With `group` each group is walked on its own at delta / groups, so that each
@@ -34,7 +34,7 @@ import pyarrow as pa
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
-from adaptivekv.selector import EVEN, Selector, price
+from adaptivekv.selector import SURE, Selector, price
 from adaptivekv.trainer import certificate, dataset, fresh, frozen, ltt, scoring, tracking
 from adaptivekv.trainer.scoring import QUALITIES, Request
 
@@ -130,8 +130,8 @@ def _name(source: str | Path) -> str:
 def outcomes(
     selector: Selector, requests: list[Request], grid: Sequence[float], progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Measured loss (nats per token; NaN where the SLO can neither be kept nor was promised) and cost (of the full
-    cache) of the plan chosen: float64 [n, Q, L] each.
+    """Measured loss (nats per token; NaN where nothing was promised) and cost (of the full cache) of the plan chosen:
+    float64 [n, Q, L] each.
 
     The same choice as scoring.trusting makes under each margin, for all margins at once.
     """
@@ -145,8 +145,7 @@ def outcomes(
                 raise AdaptiveKVError(f"certify: the policy predicts NaN for request {request.name!r}")
             worth = price(predicted, request.full, chance, margins)
             chosen = np.argmin(np.where(request.fits, worth, np.inf), axis=1)
-            counts = (request.rows.loss[request.fits].min() <= quality) | (chance[chosen] < EVEN)
-            loss[i, j] = np.where(counts, request.rows.loss[chosen], np.nan)
+            loss[i, j] = request.rows.loss[chosen] if chance[request.fits].min() < SURE else np.nan
             cost[i, j] = request.cost[chosen]
         if progress:
             progress(i + 1, len(requests))

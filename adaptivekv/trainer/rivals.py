@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.selector import EVEN, KEEP, Selector, is_lossless
+from adaptivekv.selector import KEEP, SURE, Selector, is_lossless
 from adaptivekv.trainer import ltt, scoring
 from adaptivekv.trainer.certify import GRID, PROMPT
 from adaptivekv.trainer.scoring import ALPHA, QUALITIES, Choice, Request
@@ -70,12 +70,10 @@ def certify(
     for i, request in enumerate(requests):
         for j, quality in enumerate(QUALITIES):
             at = way.picks(request, quality, scale)
-            risk = request.limited(*way.predict(request, quality))[1]
-            if way.pick is bounded:  # where no bound meets the SLO, it promises nothing
-                broken[i, j] = (risk.min() * scale <= quality) & (request.rows.loss[at] > quality)
-            else:
-                promised = (risk[at] < EVEN) & (request.rows.loss[at] > quality)
-                broken[i, j] = request.broken(at, quality) | promised
+            risk = request.limited(*way.predict(request, quality))[1].min()
+            # where no bound meets the SLO, or no plan is sure to keep it, nothing is promised, as the controller does
+            promised = risk * scale <= quality if way.pick is bounded else risk < SURE
+            broken[i, j] = promised & (request.rows.loss[at] > quality)
     last = ltt.walk(broken, alpha, delta).last
     return None if last < 0 else grid[last]
 
