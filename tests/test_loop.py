@@ -140,12 +140,12 @@ class Broken(RuleTable):
 
 def test_a_shadow_is_logged_and_never_obeyed(engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def ask() -> None:
-        await run(engine, id="alone", quality=0.03)
+        await run(engine, id="alone", quality=0.1)
         engine.shadow = Safe()
-        await run(engine, id="shadowed", quality=0.03)
+        await run(engine, id="shadowed", quality=0.1)
         engine.shadow = Broken()
         for id in ("broken", "after"):
-            await run(engine, id=id, quality=0.03)
+            await run(engine, id=id, quality=0.1)
         assert engine.shadow is None
         await engine.reconfigure("rules", shadow=str(tmp_path / "none"))
         assert engine.shadow is None
