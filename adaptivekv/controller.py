@@ -21,7 +21,7 @@ from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.plan import Plan
 from adaptivekv.policies.base import NEEDS
 from adaptivekv.pressure import bring_back, make_room
-from adaptivekv.selector import SURE, Prediction, RuleTable, Selector, foreign, price, warn
+from adaptivekv.selector import STRICT, SURE, Prediction, RuleTable, Selector, foreign, is_lossless, price, warn
 
 CANDIDATES = (
     "full", "int8", "tuned(0.12, high=int8, low=int4)", "int4", "k4v2(window=0)",
@@ -198,12 +198,14 @@ class Controller:
         def choose(selector: Selector, seen: Prediction) -> tuple[int, str, np.ndarray, np.ndarray]:
             """The plan under a selector and why, which others keep the SLO rather than not, and what all are worth."""
             cost = (device + KAPPA * (host + disk)) * np.maximum(seen.step_ms, 1e-3)
-            chance = seen.chance if self.quality else np.where(seen.loss_high > 0, 1e6, 0.0)  # 0: no loss at all
+            chance = seen.chance if self.quality else np.where(is_lossless(self.rows), 0.0, 1e6)  # 0: no loss at all
             worth = price(cost, self.full, chance, selector.margin)
             free, good = allowed, allowed & (chance < SURE)
             if selector.margin == 0 and (good & ~self.evicts).any():
                 free, good = free & ~self.evicts, good & ~self.evicts  # no later decision repairs one: only a certified
                 # selector may prefer an eviction
+            if self.quality < STRICT and good.any():
+                free = good
             if allowed.any():
                 best = int(np.argmin(np.where(free, worth, np.inf)))
                 if stay is not None and free[stay] and worth[best] > STAY * worth[stay]:
@@ -221,7 +223,7 @@ class Controller:
         chosen = int(self.rng.choice(len(probs), p=probs)) if self.epsilon else best
         reason = (
             f"{why}: predicted loss {prediction.loss[chosen]:.4f}, more than {self.quality:g} with a chance of "
-            f"{prediction.chance[chosen]:.0%}, "
+            f"{min(1.0, prediction.chance[chosen]):.0%}, "
             f"{device[chosen] / 2**20:.1f} MiB device, {host[chosen] / 2**20:.1f} MiB host"
         )
         if chosen != best:

@@ -24,6 +24,7 @@ FORMAT = 3
 TARGETS = ("log10_loss", "log10_error", "log10_step_ms")  # the error: what the high loss adds to the mean
 STEP_MS = TARGETS.index("log10_step_ms")
 LOSS_FLOOR = forest.FLOOR
+STRICT = 0.003  # nats: below this, which is the least that is certified, risks are not weighed while a plan is sure
 SURE = 0.1  # a plan whose chance of breaking the SLO is below this promises to keep it
 MAX_LEAVES = 8  # per tree: one bit each in a byte
 INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES) + len(schema.JOINT)  # a tree sees the state, the plan, and both
@@ -239,8 +240,8 @@ def _manifest_fault(manifest: Any) -> str | None:
         if not isinstance(manifest.get(key), kind):
             return f"{key} is missing or not a {kind.__name__}"
     margin = manifest.get("margin")
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        return f"margin is {margin!r}, not a finite number"
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not -10 <= margin <= 10:
+        return f"margin is {margin!r}, not a number from -10 to 10"
     return None
 
 

@@ -44,7 +44,7 @@ def lay_out(left: np.ndarray, right: np.ndarray, roots: np.ndarray, leaves: int,
 
 def fault(left: np.ndarray, right: np.ndarray, roots: np.ndarray, leaves: int) -> str | None:
     """What makes these no trees of at most `leaves` leaves, or None; `lay_out` would recurse for ever, or elsewhere."""
-    nodes = len(left)
+    nodes, roots = len(left), roots.astype(np.int64)  # differences must not wrap
     if len(right) != nodes:
         return "node arrays differ in length"
     if len(roots) == 0 or roots[0] != 0 or (np.diff(roots) <= 0).any() or roots[-1] >= nodes:

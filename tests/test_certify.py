@@ -87,6 +87,12 @@ def test_the_controller_takes_the_plan_that_was_judged(data, trained):
                 seen: Any = SimpleNamespace(plan=Plan(), generated=0, decisions=[])
                 controller._decide(seen, "prefill")
                 taken[margin, i, quality] = seen.decisions[-1].plan, str(request.rows.plan[choose(request, quality)])
+            controller.quality, controller.state[scoring.QUALITY] = (
+                1e-5,
+                -5,
+            )  # nothing certifies so little: what is sure
+            controller._decide(seen, "prefill")
+            assert seen.decisions[-1].plan in ("full", "offload(0.25)")
     assert {judged for _, judged in taken.values()} >= {"int8", "snapkv(0.5)"}
     assert {margin for (margin, *_), (ours, judged) in taken.items() if ours != judged} == {0.0}
 

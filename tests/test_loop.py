@@ -185,7 +185,8 @@ def test_margins_and_reconfiguring(engine: Engine, monkeypatch: pytest.MonkeyPat
         assert engine.selector.name == "rules~0.4"
         await engine.reconfigure(margin=WIDEST)
         (event,) = [e for e in await run(engine, quality=0.1) if "done" in e]
-        assert event["done"]["kv"]["plan"] == "int8"  # k4v2 without it
+        assert event["done"]["kv"]["plan"] == "full"
+        assert "above 10" in str(await engine.reconfigure(margin=400.0))
         await engine.reconfigure()  # a margin does not stay, what was asked for does
         assert engine.selector.name == "rules"
         monkeypatch.setattr(engine, "mark", "another model")

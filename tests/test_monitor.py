@@ -12,7 +12,7 @@ from adaptivekv.selector import RuleTable
 pytest.importorskip("mlflow")
 pytest.importorskip("ray.serve")
 from adaptivekv.cluster import watch as watching
-from adaptivekv.cluster.monitor import FALLBACK, Monitor, Widened
+from adaptivekv.cluster.monitor import FALLBACK, WIDEST, Monitor, Widened
 
 
 def test_the_monitor_is_quiet_while_the_promise_is_kept() -> None:
@@ -53,6 +53,8 @@ def test_a_wider_margin_is_not_a_certificate() -> None:
     before, after = (s.predict(state, rows) for s in (plain, wide))
     assert wide.margin == 0 and wide.name == "rules~0.3"
     assert after.loss_high == pytest.approx(before.loss_high * 10**0.3) and after.loss_high[1] == 0
+    assert after.chance == pytest.approx(before.chance * 10**0.3) and after.chance[1] == 0 < after.chance[0]
+    assert Widened(plain, WIDEST).predict(state, rows).chance.tolist() == [1e6, 0]  # trusts what is lossless alone
 
 
 def test_watching_applies_the_advice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,8 @@ FAULTS = {
     "schema": (broken_manifest("schema", 99), f"schema is 99, not {schema.VERSION}"),
     "names": (broken_manifest("names", ["x"]), f"names differ from schema {schema.VERSION}"),
     "margin": (broken_manifest("margin", float("nan")), "margin is nan"),
+    "margin huge": (broken_manifest("margin", 10**400), "not a number from -10 to 10"),
+    "roots wrap": (lambda a, m: a.__setitem__("roots", np.array([0, 2**31 - 1, -(2**31)], np.int32)), "roots"),
     "label": (broken_manifest("label", None), "label is missing"),
     "forest cycle": (broken_array("forest_left", 0, 0), "forest: a left child lies outside its tree"),
     "forest feature": (broken_array("forest_feature", 0, 999), "forest: a feature index"),

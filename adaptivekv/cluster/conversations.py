@@ -132,7 +132,7 @@ class Engine:
     ) -> str | None:
         """Put another selector in, for answers that start from now on; what is under way ends as it began.
 
-        selector, tracking_uri, and of `more` epsilon and shadow: stay as they were where None. margin: log10 nats,
+        selector, tracking_uri, and of `more` epsilon and shadow: stay as they were where None. margin: as a policy's,
         above the selector's own (None: its own). A selector that does not load leaves the old one and is said in a
         line, which is returned; a shadow that does not load is no shadow and one warning.
         """
@@ -151,6 +151,8 @@ class Engine:
                 raise AdaptiveKVError(f"selector {name or 'champion'}: none found that loads")
             if margin is not None and margin < new.margin:
                 raise AdaptiveKVError(f"margin {margin:g}: below the {new.margin:g} of {new.name}; give more")
+            if margin is not None and margin > 10:
+                raise AdaptiveKVError(f"margin {margin:g}: above 10; give less")
         except AdaptiveKVError as error:
             if old is None:
                 raise
@@ -170,7 +172,7 @@ class Engine:
 
     @property
     def margin(self) -> float:
-        """In force, log10 nats."""
+        """In force."""
         return self.selector.margin + getattr(self.selector, "by", 0.0)
 
     def check(self) -> None:

@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from adaptivekv.selector import Prediction, Selector
+from adaptivekv.selector import Prediction, Selector, is_lossless
 
 ALPHA, DELTA = 0.05, 0.05
-STEP = 0.1  # log10 nats that a margin is widened by
+STEP = 0.1  # that a margin is widened by: log10 of what a broken SLO weighs
 WIDENINGS = 5
-WIDEST = 3.05  # a margin that leaves little but lossless plans
+WIDEST = 3.05  # a margin under which only lossless plans are trusted
 MULTIPLES = (1.5, 2.0, 3.0, 5.0, 8.0)  # of alpha: the rates bet on
 FALLBACK = {"selector": "rules", "margin": WIDEST}
 
 
 class Widened:
-    """A selector under a margin above its own, in log10 nats: it expects that much more loss of every lossy plan.
+    """A selector under a margin above its own: it expects 10**more times the risk and loss of every lossy plan, and
+    under the widest margin trusts none.
 
     `margin` stays the certified one, which also says whether a policy is certified at all; 0 must stay 0.
     """
@@ -38,14 +39,17 @@ class Widened:
 
     def predict(self, state: np.ndarray, plans: np.ndarray) -> Prediction:
         seen = self.selector.predict(state, plans)
-        return seen._replace(loss_high=seen.loss_high * 10**self.by, chance=seen.chance * 10**self.by)
+        chance = seen.chance * 10**self.by
+        if self.margin + self.by >= WIDEST:
+            chance = np.where(is_lossless(plans), 0.0, 1e6)
+        return seen._replace(loss_high=seen.loss_high * 10**self.by, chance=chance)
 
 
 @dataclasses.dataclass
 class Monitor:
     """Takes the outcomes of sampled requests in the order of their admission, missing ones as violations.
 
-    `margin`: in force, log10 nats. Each setting of it is tested anew, with a chance of a false alarm of delta.
+    `margin`: in force. Each setting of it is tested anew, with a chance of a false alarm of delta.
     """
 
     margin: float = 0.0

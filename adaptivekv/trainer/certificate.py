@@ -22,7 +22,7 @@ METHOD = "Learn-Then-Test, fixed sequence, exact binomial, every SLO jointly"
 
 @dataclasses.dataclass
 class Verdict:
-    margin: float  # log10 nats
+    margin: float  # log10 of what a broken SLO weighs, in full caches
     grid: Sequence[float]
     bound: np.ndarray  # [L] of the worst SLO
     charged: np.ndarray  # [L] mean over requests and SLOs

@@ -190,7 +190,7 @@ def reload(
     selector: Annotated[
         str | None, typer.Option(help="champion, rules or a folder; default: as it was asked for")
     ] = None,
-    margin: Annotated[float | None, typer.Option(help="log10 nats, above the policy's own; default: its own")] = None,
+    margin: Annotated[float | None, typer.Option(help="above the policy's own; default: its own")] = None,
     epsilon: Annotated[float | None, typer.Option(min=0, max=1, help="chance of exploring from now on")] = None,
     shadow: Annotated[str | None, typer.Option(help="a challenger whose choices are logged")] = None,
     url: Annotated[str, typer.Option(help="of the server")] = "http://127.0.0.1:8000",

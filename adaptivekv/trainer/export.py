@@ -107,7 +107,7 @@ def parity(policy: selector.TreeSelector, models: Models, x: np.ndarray, seed: i
     return _same(float(np.abs(policy.raw(fresh) - want).max()))
 
 
-def forest_parity(flat: forest.Forest, grown: Any, x: np.ndarray, seed: int = 0, rows: int = 200) -> float:
+def forest_parity(flat: forest.Forest, grown: Any, x: np.ndarray, seed: int = 0, rows: int = 40) -> float:
     """The same of the weights of the requests x [n, F], unknown values filled, that `grown` was grown on."""
     fresh = _around(x, seed, rows)
     leaf = grown.apply(flat.filled(fresh))[:, None]  # [rows, 1, T]

@@ -84,7 +84,7 @@ def certificate(
     grid: Sequence[float], bound: np.ndarray, charged: np.ndarray, alpha: float, margin: float, path: Path
 ) -> Path:
     """The violation bound of the worst SLO and the charged cost (of the full cache) against the margin, [L] each."""
-    made, axes = figure("Certification", "margin, log10 nats (conservative to liberal)", "violation rate, upper bound")
+    made, axes = figure("Certification", "margin, log10 of a broken SLO's weight", "violation rate, upper bound")
     axes.plot(grid, bound, marker=".", color="tab:red", label="bound")
     axes.axhline(alpha, color="0.6", linewidth=0.8, label=f"alpha {alpha:g}")
     axes.axvline(margin, color="0.6", linestyle="--", linewidth=0.8, label=f"certified {margin:g}")

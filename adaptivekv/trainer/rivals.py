@@ -162,7 +162,7 @@ def shy(way: Way) -> Way:
     def predict(request: Request, quality: float) -> tuple[np.ndarray, np.ndarray]:
         price, high = way.predict(request, quality)
         evicts = request.rows.plan_features[:, KEEP] < 1
-        evicts &= bool((request.fits & ~evicts).any())
+        evicts &= bool((request.fits & ~evicts & (high < SURE)).any())
         return np.where(evicts, np.inf, price), np.where(evicts, np.inf, high)
 
     return Way(predict, way.pick)

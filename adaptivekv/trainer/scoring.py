@@ -1,4 +1,4 @@
-"""What a selector would have cost: the cheapest plan it trusts, against rules, the best fixed plan and the oracle.
+"""What a selector would have cost: the plan it takes, against rules, the best fixed plan and the oracle.
 
 The cost of a plan is (device bytes + 0.1 host bytes) x step time, relative to the request's full cache. Every way of
 choosing has only the plans that fit the request's budget and host room. A request whose plan breaks its quality SLO
@@ -76,7 +76,8 @@ Choice = Callable[[Request, float], int]
 
 
 def trusting(selector: Selector) -> Choice:
-    """Of the plans that fit, the one of least cost and risk, as the controller takes it."""
+    """Of the plans that fit, the one of least cost and risk, as the controller takes it under a certified margin (under
+    margin 0 it shuns evictions)."""
 
     def choose(request: Request, quality: float) -> int:
         cost, chance = asked(selector, request, quality)

@@ -1,6 +1,7 @@
 """Fit a selector from trajectories, prove and score the exported files, log everything to one MLflow run."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,14 +157,18 @@ def fit(rows: Rows, seed: int) -> export.Models:
 
 def grow(rows: Rows, seed: int) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The forest, and the states [n, F] of its requests, what fills unknown values [F], the requests' losses [n, P] and
-    the features [P, PF] of the plans: those that all requests were replayed through.
+    the features [P, PF] of the plans: those that half of the requests were replayed through, and these requests.
 
     It looks for requests alike in the losses of all plans at once; the SLO is none of their features.
     """
     from sklearn.ensemble import ExtraTreesRegressor
 
     requests = scoring.requests(rows)
-    shared = set.intersection(*(set(request.rows.plan.tolist()) for request in requests))
+    times = Counter(plan for request in requests for plan in request.rows.plan.tolist())
+    shared = {plan for plan, count in times.items() if 2 * count >= len(requests)}
+    requests = [request for request in requests if shared <= set(request.rows.plan.tolist())]
+    if not shared or not requests:
+        raise AdaptiveKVError("train: no plan was replayed for half of the requests; collect all with the same plans")
     picks = [[i for i, plan in enumerate(request.rows.plan.tolist()) if plan in shared] for request in requests]
     loss = np.stack([request.rows.loss[pick] for request, pick in zip(requests, picks, strict=True)])
     x = np.stack([request.rows.state[0] for request in requests])
