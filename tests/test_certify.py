@@ -90,7 +90,7 @@ def test_the_controller_takes_the_plan_that_was_judged(data, trained):
             controller.quality, controller.state[scoring.QUALITY] = (
                 1e-5,
                 -5,
-            )  # nothing certifies so little: what is sure
+            )  # nothing certifies that: what is sure
             controller._decide(seen, "prefill")
             assert seen.decisions[-1].plan in ("full", "offload(0.25)")
     assert {judged for _, judged in taken.values()} >= {"int8", "snapkv(0.5)"}
