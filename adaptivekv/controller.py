@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptivekv.candidates import CANDIDATES
 from adaptivekv.decisions import Decision, Request
 from adaptivekv.errors import AdaptiveKVError, BudgetError
 from adaptivekv.features import schema
@@ -22,21 +23,6 @@ from adaptivekv.plan import Plan
 from adaptivekv.policies.base import NEEDS
 from adaptivekv.pressure import bring_back, make_room
 from adaptivekv.selector import STRICT, SURE, Prediction, RuleTable, Selector, foreign, is_lossless, price, warn
-
-CANDIDATES = (
-    "full", "int8", "tuned(0.12, high=int8, low=int4)", "int4", "k4v2(window=0)",
-    "kvzap(0.5) | int4(window=0)", "kvzap(0.2) | int4(window=0)",
-    "offload(0.05)",
-    *(f"{plan} | offload(0.05)" for plan in (
-        "int8", "tuned(0.12, high=int8, low=int4)",
-        *(f"kvzap({keep}) | tuned(0.25, high=int8, low=int4)" for keep in (0.75, 0.6)),
-        *(f"kvzap({keep}) | tuned(0.12, high=int8, low=int4, window=0)" for keep in (0.75, 0.6, 0.5)),
-        *(f"kvzap({keep}) | int4(window=0)" for keep in (0.5, 0.4, 0.3, 0.2)),
-        "snapkv(0.5, pool=32) | int4(window=0)",
-    )),
-)  # fmt: skip
-"""The plans a controller chooses among unless it is told others. What can be offloaded is best offloaded as a whole or
-not at all: between the two, the price of a step has its maximum (docs/architecture.md)."""
 
 KAPPA = 0.1  # price of a host or disk byte-second against a device byte-second
 DEFAULT_QUALITY = 0.03  # nats per token
@@ -202,8 +188,8 @@ class Controller:
             worth = price(cost, self.full, chance, selector.margin)
             free, good = allowed, allowed & (chance < SURE)
             if selector.margin == 0 and (good & ~self.evicts).any():
-                free, good = free & ~self.evicts, good & ~self.evicts  # no later decision repairs one: only a certified
-                # selector may prefer an eviction
+                # no later decision repairs an eviction: only a certified selector may prefer one
+                free, good = free & ~self.evicts, good & ~self.evicts
             if self.quality < STRICT and good.any():
                 free = good
             if allowed.any():
@@ -249,6 +235,7 @@ class Controller:
     def _predict(self, state: np.ndarray) -> Prediction:
         prediction = self.selector.predict(state, self.rows)
         if not all(np.isfinite(part).all() for part in prediction):
+            warn(f"selector {self.selector.name}: predicts NaN; using the rule table instead")
             self.selector = RuleTable()  # from here on: a selector that says NaN once is not asked again
             prediction = self.selector.predict(state, self.rows)
         return prediction

@@ -27,8 +27,9 @@ import transformers
 from matplotlib.figure import Figure
 
 from adaptivekv import model
+from adaptivekv.candidates import CANDIDATES
 from adaptivekv.console import bar
-from adaptivekv.controller import CANDIDATES, KAPPA, Controller
+from adaptivekv.controller import KAPPA, Controller
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.shapes import DEVICE, HOST

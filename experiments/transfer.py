@@ -109,9 +109,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results"))
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: at least 1")
     begun = time.monotonic()
     old, new = load(args.old), load(args.new)
     old = old.of("train")
+    if (few := len(set(new.document))) < FOLDS:
+        raise AdaptiveKVError(f"{args.new}: {few} documents; at least {FOLDS} for as many folds, collect more")
     if odd := sorted(set(old.plan) ^ set(new.plan)):
         raise AdaptiveKVError(f"plan {odd[0]!r} is in one of the folders only; collect both with the same plans")
     with threadpool_limits(1):

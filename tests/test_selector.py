@@ -77,7 +77,7 @@ def folder(models, grown, tmp_path):
 
 
 @pytest.fixture
-def treeless(models, tmp_path):
+def forestless(models, tmp_path):
     return export.save(tmp_path / "policy", export.flatten(models), "synthetic", {"0.01": "int4"}, {"select_cost": 0.5})
 
 
@@ -166,13 +166,13 @@ def test_a_forest_gives_what_sklearn_s_leaves_give(folder, grown):
     assert seen.loss[0] == seen.loss_high[0] == seen.chance[0] == 0
 
 
-def test_a_plan_the_forest_does_not_know_is_left_to_the_trees(folder, treeless, grown):
+def test_a_plan_the_forest_does_not_know_is_left_to_the_trees(folder, forestless, grown):
     known, other = grown[4], plans({"keep": 0.75})
     state = STATE.copy()
     state[schema.NAMES.index("log10_quality")] = -2
     both = TreeSelector.load(folder).predict(state, np.concatenate([known, other]))
     for part, alone, trees in zip(
-        both, TreeSelector.load(folder).predict(state, known), TreeSelector.load(treeless).predict(state, other),
+        both, TreeSelector.load(folder).predict(state, known), TreeSelector.load(forestless).predict(state, other),
         strict=True,
     ):  # fmt: skip
         np.testing.assert_allclose(part[-1], trees[0], rtol=1e-12)
@@ -180,9 +180,8 @@ def test_a_plan_the_forest_does_not_know_is_left_to_the_trees(folder, treeless, 
             np.testing.assert_allclose(part[:-1], alone, rtol=1e-12)
 
 
-def test_prediction_is_ordered_and_lossless_is_zero(treeless):
-    folder = treeless
-    seen = TreeSelector.load(folder).predict(STATE, plans({}, {"keep": 0.5}, {"device_share": 0.1}, {"v_bits": 2}))
+def test_prediction_is_ordered_and_lossless_is_zero(forestless):
+    seen = TreeSelector.load(forestless).predict(STATE, plans({}, {"keep": 0.5}, {"device_share": 0.1}, {"v_bits": 2}))
     assert seen.loss.shape == seen.loss_high.shape == seen.step_ms.shape == (4,)
     assert seen.loss[[0, 2]].tolist() == seen.loss_high[[0, 2]].tolist() == [0, 0]
     assert (seen.loss[[1, 3]] > 0).all() and (seen.loss_high >= seen.loss).all() and (seen.step_ms > 0).all()

@@ -13,8 +13,9 @@ from test_methods import SHAPES, SURROGATE, Tiny
 from typer.testing import CliRunner
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
+from adaptivekv.candidates import CANDIDATES
 from adaptivekv.cli import app
-from adaptivekv.controller import CANDIDATES, Controller
+from adaptivekv.controller import Controller
 from adaptivekv.engine.session import Options, Session
 from adaptivekv.errors import CacheFileError
 from adaptivekv.features import schema

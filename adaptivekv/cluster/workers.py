@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from adaptivekv import model
-from adaptivekv.controller import CANDIDATES, Controller
+from adaptivekv.candidates import CANDIDATES
+from adaptivekv.controller import Controller
 from adaptivekv.decisions import Request as CacheRequest
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from adaptivekv.cache import AdaptiveCache
-from adaptivekv.controller import CANDIDATES, Controller
+from adaptivekv.candidates import CANDIDATES
+from adaptivekv.controller import Controller
 from adaptivekv.decisions import Decision
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features.request import text_features
