@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from adaptivekv.memory.formats import BY_CODE
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
@@ -43,6 +44,19 @@ def content(sequence: Sequence) -> dict[tuple[int, int, int], torch.Tensor]:
             for head in range(len(k)):
                 out[layer, head, int(sequence.tail_pos[slot])] = torch.cat([k[head, slot], v[head, slot]])
     return out
+
+
+def standing_alone(sequence: Sequence) -> set[tuple[int, int, int]]:
+    """Keys of `content` whose slots share neither scales nor a mean with others, so that they move as they are."""
+    pool, out = sequence.pool, set()
+    for layer, table in enumerate(sequence.ids):
+        used, pos = sequence.slots(layer)
+        for head, column in np.argwhere(table >= 0):
+            fmt = BY_CODE[pool.code[table[head, column]]]
+            if fmt.k.fields(8, pool.dtype) and fmt.v.fields(8, pool.dtype):
+                out |= {(layer, int(head), int(p)) for p in pos[head, column][used[head, column]]}
+    tail = sequence.tail_pos[: sequence.tail_len]
+    return out | {(layer, h, int(p)) for layer, ids in enumerate(sequence.ids) for h in range(len(ids)) for p in tail}
 
 
 def same(a: dict, b: dict, tolerance: float = 0.0) -> None:

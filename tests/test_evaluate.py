@@ -118,7 +118,7 @@ def _ring(read):
 
 def test_losses_are_ordered_and_bytes_fall(read):
     full, int8, int2, offload = (replay(read, plan) for plan in ("full", "int8", "int2", "offload(0.3)"))
-    assert 0 <= int8.kl_mean < 1e-3 < int2.kl_mean
+    assert 0 <= int8.kl_mean < 1e-4 < int2.kl_mean
     assert int2.device_bytes < int8.device_bytes < full.device_bytes
     assert offload.kl_mean < 1e-6 and offload.host_bytes > 0 and offload.device_bytes < full.device_bytes
     disk = replay(read, "offload(0.3, host=0.3)")

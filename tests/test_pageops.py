@@ -80,8 +80,7 @@ def copies(device, args):
 
 
 def close_parts(got, want, codec, dim, dtype):
-    """Equal levels, scales and zeros up to ties of rounding, and equal bytes beyond them."""
-    n, end = len(got), codec.payload_bytes(dim, dtype)
+    """Equal levels, scales and means up to ties of rounding, and nothing beyond them."""
     a, b = codec.unpack(got, dim, dtype), codec.unpack(want, dim, dtype)
     if codec.native:
         # a float32 sum of `dim` products in another order may be off by dim last bits of the whole row's norm
@@ -89,14 +88,14 @@ def close_parts(got, want, codec, dim, dtype):
         allowed = row + 4 * torch.finfo(dtype).eps * (b[0].float().abs() + 1)
         assert bool(((a[0].float() - b[0].float()).abs() <= allowed).all())
         return
-    for mine, other in zip(a[1], b[1], strict=True):
-        torch.testing.assert_close(mine, other, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(a[1][0], b[1][0], rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(a[1][1], b[1][1], rtol=0.26, atol=1e-3)  # a tie of three significant bits
     off = (a[0] - b[0]).abs()
     # a row whose range is no more than rounding (a rotated constant row) may have any levels: its values must agree
     values = (codec.decode(got, dim, dtype) - codec.decode(want, dim, dtype)).abs()
     assert bool(((off <= 1) | (values < 1e-2)).all()), off.max()
     assert float(((off > 0) & (values > 1e-2)).float().mean()) < 0.02
-    assert torch.equal(got[:, end + 4 * PAGE :], torch.zeros(n, got.shape[1] - end - 4 * PAGE, dtype=torch.uint8))
+    assert not got[:, codec.stored_bytes(dim, dtype) :].any()
 
 
 # --- the torch functions
@@ -130,10 +129,19 @@ def test_packing_moves_slots_without_loss(name):
     pageops.pack_slots(*args)
     size = codec.part_bytes(24, torch.bfloat16)
     got = pageops.fetch(args[1], args[5], size)
-    if codec.fields(24, torch.bfloat16) is None:  # slots share scales: encoded again with their new neighbours
+    back = codec.decode(got, 24, torch.bfloat16)
+    if codec.kernel and not codec.native:  # they share a mean: those whose mean it stays are the same, others near
+        end = codec.payload_bytes(24, torch.bfloat16)
+        used, middle = torch.arange(PAGE) < args[6][:, None], back[torch.arange(len(back)), args[6] // 2]
+        assert torch.equal(middle, expected[torch.arange(len(back)), args[6] // 2])
+        step = got[:, end : end + 2 * PAGE].view(torch.float16).float()[..., None]
+        assert ((back - expected).abs() <= step * 1.01 + 1e-6)[used].all()
+        assert (back == expected)[used].float().mean() > 0.3
+        assert not got[:, :end].view(len(got), PAGE, -1)[~used].any() and not step[~used].any()
+    elif codec.fields(24, torch.bfloat16) is None:  # slots share scales: encoded again with their new neighbours
         assert torch.equal(got, codec.encode(expected, torch.bfloat16, args[6]))
     else:
-        assert torch.equal(codec.decode(got, 24, torch.bfloat16), expected)
+        assert torch.equal(back, expected)
     assert not got[:, args[7].payload_bytes(24, torch.bfloat16) :][args[6] == 0].any()
     pageops.store(args[1], args[5], pageops.fetch(before, args[5], size))
     assert torch.equal(args[1], before), "bytes outside of the parts changed"
@@ -172,7 +180,11 @@ def check_triton(device, cases):
             mine = copies(device, args)
             pageops.pack_slots.__wrapped__(*args)
             pagekernels.pack_slots(*mine)
-            assert torch.equal(mine[1].cpu(), args[1]), "packed bytes differ"
+            codec, whole, at = args[7], mine[1].cpu(), args[5]
+            got, want = (pageops.fetch(x, at, codec.part_bytes(dim, dtype)) for x in (whole, args[1]))
+            close_parts(got, want, codec, dim, dtype)
+            pageops.store(whole, at, want)
+            assert torch.equal(whole, args[1]), "bytes outside of the packed parts changed"
 
             size = pick([128, 256, 256 * 5, 256 * 70])
             src = torch.randint(0, 255, (size * 8,), generator=gen, dtype=torch.uint8)

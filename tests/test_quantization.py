@@ -89,7 +89,12 @@ def test_bytes_are_as_estimated_and_bits_never_return(text, shapes):
         assert all(a <= b for page, old in before.items() for a, b in zip(bits(other)[page], old, strict=True))
 
 
-@pytest.mark.parametrize("name", NEW)
+STEPS = {
+    "kivi4k": 1 / 15, "kivi2k": 1 / 3, "nuq4k": 0.15, "nuq4v": 0.15, "int8": 1 / 200, "int4": 0.09, "int2": 0.5
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*NEW, "int8", "int4", "int2"])
 def test_evicting_from_quantized_pages(name):
     """Three times over: what stays is near what it was (the same, where slots stand alone), packed and in order."""
     sequence, rng = filled(640), np.random.default_rng(0)
@@ -112,9 +117,10 @@ def test_evicting_from_quantized_pages(name):
                 k, v = (torch.stack([after[head][p][i] for p in sorted(after[head])]) for i in (0, 1))
                 k_old, v_old = (torch.stack([before[layer][head][p][i] for p in sorted(after[head])]) for i in (0, 1))
                 by_slot = FORMATS[name].v.fields(s.v_dim, torch.float32)
-                for new, old, axis, codec in ((k, k_old, 0, FORMATS[name].k), (v, v_old, 1, FORMATS[name].v)):
+                for new, old, codec in ((k, k_old, FORMATS[name].k), (v, v_old, FORMATS[name].v)):
+                    axis = 0 if codec.name.endswith("k") else 1
                     span = old.amax(axis, True) - old.amin(axis, True)
-                    step = {"kivi4k": 1 / 15, "kivi2k": 1 / 3, "nuq4k": 0.15, "nuq4v": 0.15}.get(codec.name, 0)
+                    step = STEPS.get(codec.name, 0)
                     assert ((new - old).abs() <= span * step / 2 * 1.02 + 0.02 * (step > 0)).all(), codec.name
                     assert bool(step) == (codec.fields(24, torch.float32) is None)
                 assert by_slot is None or torch.equal(v, v_old)

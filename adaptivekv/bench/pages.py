@@ -24,7 +24,7 @@ def make_table(
     device: str = "cuda",
     seed: int = 0,
 ) -> tuple[PageTable, torch.Tensor, torch.Tensor]:
-    """Normal random keys and values in pages of the formats `mix` (name -> share), in random places of the arena.
+    """Normal random keys and values around a mean a page, in pages of the formats `mix` (name -> share), at random.
 
     Returns the table and the decoded, un-rotated keys and values [R, tokens, dim] float16, in the table's page order.
     """
@@ -44,6 +44,7 @@ def make_table(
         for offsets, codec, out in ((k_off, fmt.k, decoded[0]), (v_off, fmt.v, decoded[1])):
             for row in range(rows):
                 x = torch.randn(stop - start, PAGE, dim, generator=gen, device=device)
+                x += 0.5 * torch.randn(stop - start, 1, dim, generator=gen, device=device)  # a mean for each page
                 raw = codec.encode(hadamard(x) if fmt.rotate else x, dtype)
                 back = codec.decode(raw, dim, dtype)
                 out[row, start:stop] = (hadamard(back) if fmt.rotate else back).half()

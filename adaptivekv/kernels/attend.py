@@ -142,33 +142,34 @@ def _attend_block(
     rows, slots = q.shape[1], pages * PAGE
     used = None if batch.full else _used(batch.count)  # [H, P, 64]
     k_arena, v_arena = batch.arenas
-    k, k_pair = batch.k.unpack(_gather(k_arena, batch.k_off, _part_bytes(batch, True)), batch.k_dim, batch.dtype)
-    v, v_pair = batch.v.unpack(_gather(v_arena, batch.v_off, _part_bytes(batch, False)), batch.v_dim, batch.dtype)
+    k, k_packed = batch.k.unpack(_gather(k_arena, batch.k_off, _part_bytes(batch, True)), batch.k_dim, batch.dtype)
+    v, v_packed = batch.v.unpack(_gather(v_arena, batch.v_off, _part_bytes(batch, False)), batch.v_dim, batch.dtype)
     # [H * P, 64, d]
     if softcap is None and not stats and pays(q, k, v):
         # Many rows: the scales are applied once per element, and a fused kernel does the rest.
-        k, v = _clean(_apply(k, k_pair), batch.count, used), _clean(_apply(v, v_pair), batch.count, used)
+        k, v = _clean(_apply(k, k_packed), batch.count, used), _clean(_apply(v, v_packed), batch.count, used)
         mask = None if used is None else used.view(heads, 1, slots)
         return *flash(q, k.view(heads, slots, -1), v.view(heads, slots, -1), scale, mask), None
     # Few rows: the scales are applied to scores and probabilities, dim times fewer elements.
     scores = torch.bmm(q, k.view(heads, slots, batch.k_dim).transpose(1, 2))  # [H, M, N]
-    if k_pair is not None:
-        step, zero = (t.reshape(heads, 1, slots) for t in k_pair)
-        scores.mul_(step).addcmul_(q.sum(-1, keepdim=True), zero)
+    if k_packed is not None:
+        step, mean = k_packed[0].view(heads, 1, slots), k_packed[1].view(heads, pages, -1)
+        common = torch.bmm(q, mean.transpose(1, 2))[..., None]  # [H, M, P, 1]
+        scores.mul_(step).view(heads, rows, pages, PAGE).add_(common)
     scores = _cap(scores.mul_(scale), softcap)
     if used is not None:
         scores.masked_fill_(~used.view(heads, 1, slots), -torch.inf)
     page_lse = torch.logsumexp(scores.view(heads, rows, pages, PAGE), -1).transpose(1, 2) if stats else None
     weights, total, lse = softmax(scores)
-    if v_pair is None:
+    if v_packed is None:
         out = torch.bmm(weights, _clean(v, batch.count, used).view(heads, slots, batch.v_dim))
     else:
-        step, zero = (t.reshape(heads, 1, slots) for t in v_pair)
-        if used is not None:  # an unused slot's scale can be NaN, and 0 * NaN is NaN
-            unused = ~used.view(heads, 1, slots)
-            step, zero = step.masked_fill(unused, 0.0), zero.masked_fill(unused, 0.0)
-        shift = torch.bmm(weights, zero.transpose(1, 2))  # [H, M, 1]
-        out = torch.bmm(weights.mul_(step), v.view(heads, slots, batch.v_dim)).add_(shift)
+        step, mean = v_packed[0].view(heads, 1, slots), v_packed[1].view(heads, pages, -1)
+        if used is not None:  # an unused slot's scale and an absent page's mean can be NaN, and 0 * NaN is NaN
+            step = step.masked_fill(~used.view(heads, 1, slots), 0.0)
+            mean = mean.masked_fill((batch.count == 0)[..., None], 0.0)
+        common = torch.bmm(weights.view(heads, rows, pages, PAGE).sum(-1), mean)
+        out = torch.bmm(weights.mul_(step), v.view(heads, slots, batch.v_dim)).add_(common)
     return out.div_(total), lse, page_lse
 
 
@@ -194,9 +195,9 @@ def _used(count: Tensor) -> Tensor:
     return torch.arange(PAGE, device=count.device, dtype=count.dtype) < count[..., None]
 
 
-def _apply(values: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+def _apply(values: Tensor, packed: tuple[Tensor, Tensor] | None) -> Tensor:
     """Levels [n, 64, d] to values, in place."""
-    return values if pair is None else values.mul_(pair[0][..., None]).add_(pair[1][..., None])
+    return values if packed is None else values.mul_(packed[0][..., None]).add_(packed[1][:, None])
 
 
 def _clean(values: Tensor, count: Tensor, used: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 One program takes one share of the work: items, each a run of pages of one KV head in one format, all query rows of the
 head packed into one `tl.dot`. Packed levels are unpacked into slices of the head dimension, one product each; scales
-and zeros never touch the elements: keys' are applied to the scores, values' to the probabilities. A second kernel
+and means never touch the elements: keys' are applied to the scores, values' to the probabilities. A second kernel
 merges a row's parts and turns the log-sum-exp of its pages into the attention each received. Shapes alone decide the
 grids and nothing synchronises, so the launches can be captured in a CUDA graph while the table's contents change
 between replays.
@@ -114,7 +114,7 @@ def _split(
     tiles = {16: launch.native_tiles, 8: launch.int8_tiles}
     pdl &= not table.chosen
     compiled = split_kernel[(len(work.spans),)](
-        planes, native, arena.view(torch.int16), arena.view(torch.float16), table.keys, table.values,
+        planes, native, *(arena.view(t) for t in (torch.int16, torch.float16, torch.int32)), table.keys, table.values,
         table.keys.view(torch.int32), work.items, work.slots, work.spans, work.claims, table.tails, part, part_lse,
         part_lse if page_lse is None else page_lse, rows, columns, table.heads,
         scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0, processors(device),

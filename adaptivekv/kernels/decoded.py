@@ -123,7 +123,7 @@ class Channels(Decoded):
 
     def _write(self, x: Tensor, used: Tensor) -> list[Tensor]:
         low, high = _range(x, used, 1)
-        levels, scale, zero = self._quantize(x, low, high)
+        levels, scale, zero = _quantize(x, low, high, self.bits)
         return [self._pack(levels), scale, zero]
 
     def _read(self, arrays: list[Tensor], dim: int) -> Tensor:
@@ -147,7 +147,8 @@ class Groups(Decoded):
         dim = x.shape[2]
         # The last element again, as often as a short group lacks some: that changes no smallest or largest.
         groups = pad(x, (0, -dim % GROUP), mode="replicate").unflatten(2, (-1, GROUP))  # [n, 64, groups, 32]
-        levels, scale, zero = self._quantize(groups, *groups.aminmax(dim=-1, keepdim=True))
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        levels, scale, zero = _quantize(groups, low, high, self.bits)
         return [self._pack(levels.flatten(2)[..., :dim]), scale, zero]
 
     def _read(self, arrays: list[Tensor], dim: int) -> Tensor:
@@ -214,6 +215,18 @@ class NonUniform(Decoded):
         index = index.long() & (0xFFFF if index.dtype == torch.int16 else -1)
         # clamped: the bytes of an absent page may say anything
         return x.flatten(1).scatter_(1, index.clamp_(0, PAGE * dim - 1), value.float()).view(n, PAGE, dim)
+
+
+def _quantize(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels (uint8, like x), scales and zeros (float16, like `low` and `high`) for values in [low, high].
+
+    A scale of 0 (a constant, or a range below float16) gives level 0, which decodes to the zero.
+    """
+    top = (1 << bits) - 1
+    scale, zero = ((high - low) / top).clamp_(max=HALF_MAX).half(), low.clamp(-HALF_MAX, HALF_MAX).half()
+    step = scale.float().masked_fill_(scale == 0, torch.inf)
+    levels = (x - zero.float()).div_(step).round_().clamp_(0, top)
+    return levels.to(torch.uint8), scale, zero
 
 
 def _range(x: Tensor, used: Tensor, axis: int) -> tuple[Tensor, Tensor]:

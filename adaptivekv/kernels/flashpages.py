@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from adaptivekv.kernels.language import log2
+from adaptivekv.kernels.language import load_means, log2, mean
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -41,17 +41,17 @@ def _decode_field(words, step, zero, AT: tl.constexpr, BITS: tl.constexpr, INTER
 
 
 @triton.jit
-def _values(words, step, zero, AT: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr):
+def _values(words, step, zeros, AT: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, INTERPRET: tl.constexpr):
     """Bits AT to AT + SPAN of words [N, W] as values [N, W * SPAN / BITS]: the fields of BITS bits side by side.
 
     Joining before the words' own dimension leaves every value in the thread, and beside the neighbour, that it was
     unpacked in.
     """
     if SPAN == BITS:
-        return _decode_field(words, step, zero, AT, BITS, INTERPRET)
+        return _decode_field(words, step, zeros[AT // BITS], AT, BITS, INTERPRET)
     else:
-        low = _values(words, step, zero, AT, SPAN // 2, BITS, INTERPRET)
-        high = _values(words, step, zero, AT + SPAN // 2, SPAN // 2, BITS, INTERPRET)
+        low = _values(words, step, zeros, AT, SPAN // 2, BITS, INTERPRET)
+        high = _values(words, step, zeros, AT + SPAN // 2, SPAN // 2, BITS, INTERPRET)
         return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (low.shape[0], 2 * low.shape[1]))
 
 
@@ -89,11 +89,12 @@ def _half(wide_ptr, off, index, mask):
 
 @triton.jit
 def _part(
-    native_ptr, word_ptr, wide_ptr, off, slot, used,
-    D: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr, TYPE: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    native_ptr, word_ptr, wide_ptr, off_ptr, page, stop, off, column, used,
+    D: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr, FULL: tl.constexpr,
+    TYPE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """The keys or values of slots [N] as a tile [N, columns] of TYPE, zero where not used. off: int64 [N], bytes."""
+    """The keys or values of SPAN pages as a tile [N, columns] of TYPE, zero where not used. off: int64 [N], bytes."""
+    slot = column % PAGE
     WIDTH: tl.constexpr = D * BITS // 16  # elements or words of a slot
     word = tl.arange(0, W)
     at = (off // 2 + slot * WIDTH)[:, None] + word[None, :]
@@ -103,8 +104,20 @@ def _part(
     else:
         words = tl.load(word_ptr + at, mask=mask, other=0)
         step = tl.broadcast_to(_half(wide_ptr, off, PAGE * WIDTH + slot, used)[:, None], words.shape)
-        zero = tl.broadcast_to(_half(wide_ptr, off, PAGE * WIDTH + PAGE + slot, used)[:, None], words.shape)
-        return _values(words, step, zero, 0, 16, BITS, INTERPRET)
+        MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2  # the level of the mean
+        means = ()
+        for i in tl.static_range(SPAN):  # from scalars: a page's mean is one for all of its slots
+            at_means = tl.load(off_ptr + page + i, mask=page + i < stop, other=0) + 2 * PAGE * (WIDTH + 1)
+            means = means + (load_means(wide_ptr, at_means, word, (word < WIDTH) & (page + i + 0 * word < stop), BITS),)
+        zeros = ()
+        for s in tl.static_range(16 // BITS):
+            middle = tl.broadcast_to(mean(means[0], word, s, BITS)[None, :], words.shape)
+            for i in tl.static_range(1, SPAN):
+                middle = tl.where((column // PAGE == i)[:, None], mean(means[i], word, s, BITS)[None, :], middle)
+            if not FULL:  # what an absent page holds can be NaN
+                middle = tl.where(used[:, None], middle, 0.0)
+            zeros = zeros + ((middle - step * MIDDLE).to(tl.float16),)
+        return _values(words, step, zeros, 0, 16, BITS, INTERPRET)
 
 
 @triton.jit
@@ -170,7 +183,10 @@ def prefill_kernel(
             used = slot < tl.load(count_ptr + at, mask=used, other=0)
 
         # Scores, in units of log 2 once multiplied by `rate`.
-        k = _part(native_ptr, word_ptr, wide_ptr, k_off, slot, used, DK, K_BITS, BK, PAGE, K_TYPE, INTERPRET)
+        k = _part(
+            native_ptr, word_ptr, wide_ptr, k_off_ptr, page, stop, k_off, column, used,
+            DK, K_BITS, BK, PAGE, SPAN, FULL, K_TYPE, INTERPRET,
+        )  # fmt: skip
         scores = tl.dot(q, tl.trans(k))
         rate = scale
         if CAP:  # tanh(x) = 2 sigmoid(2x) - 1
@@ -197,7 +213,10 @@ def prefill_kernel(
         total = total * fade + mass
         top = new_top
 
-        v = _part(native_ptr, word_ptr, wide_ptr, v_off, slot, used, DV, V_BITS, BV, PAGE, V_TYPE, INTERPRET)
+        v = _part(
+            native_ptr, word_ptr, wide_ptr, v_off_ptr, page, stop, v_off, column, used,
+            DV, V_BITS, BV, PAGE, SPAN, FULL, V_TYPE, INTERPRET,
+        )  # fmt: skip
         acc = tl.dot(weights.to(V_TYPE), v, acc * fade[:, None])
 
         if STATS:  # after the product, where registers are free

@@ -30,3 +30,27 @@ def butterflies(x, BLOCK: tl.constexpr):
 @triton.constexpr_function
 def _bits(block):
     return block.bit_length() - 1
+
+
+@triton.jit
+def load_means(wide_ptr, off, word, mask, BITS: tl.constexpr):
+    """The means of the dims that 16-bit words `word` of a slot hold, packed: for `mean`. off: bytes, where they begin.
+
+    As 32-bit words, for Triton prefetches nothing narrower.
+    """
+    if BITS == 8:
+        return (tl.load(wide_ptr + (off // 4 + word // 2), mask=mask, other=0),)
+    elif BITS == 4:
+        return (tl.load(wide_ptr + (off // 4 + word), mask=mask, other=0),)
+    else:
+        return (
+            tl.load(wide_ptr + (off // 4 + 2 * word), mask=mask, other=0),
+            tl.load(wide_ptr + (off // 4 + 2 * word + 1), mask=mask, other=0),
+        )
+
+
+@triton.jit
+def mean(means, word, S: tl.constexpr, BITS: tl.constexpr):
+    """Of the S-th level of each word, float16."""
+    shift = word % 2 * 16 + 8 * S if BITS == 8 else 8 * (S % 4)
+    return ((means[S // 4] >> shift) << 8).to(tl.int16).to(tl.float16, bitcast=True)

@@ -78,9 +78,11 @@ def pack_slots(
     dim: int,
     dtype: torch.dtype,
 ) -> None:
-    """Copy chosen slots of parts into fuller parts of the same codec: stored bytes move, nothing is quantised again.
+    """Copy chosen slots of parts into fuller parts of the same codec.
 
-    Except where slots share scales (`Codec.fields` is None): those are decoded, and encoded with their new neighbours.
+    Where slots stand alone (`Codec.fields`) their bytes move. Packed parts with kernels keep each slot's scale and take
+    the mean of the part that their middle slot comes from, so most slots keep all bits; the levels of the others are
+    rounded again (`Codec.repack`). Where slots share scales they are decoded, and encoded with their new neighbours.
     src_off: int64 [n]; mask: int64 [n], bit s says that slot s is taken; start: int64 [n], the running number of a
     part's first taken slot. Slot number g lands in slot g % 64 of the part at dst_off[g // 64].
     dst_off: int64 [m]; count: int32 [m] used slots of the new parts, the others are written as zeros.
@@ -97,7 +99,16 @@ def pack_slots(
         n = min(step, len(dst_off) - i)
         first, last = torch.searchsorted(number, torch.tensor([i, i + n], device=number.device) * PAGE).tolist()
         from_, at, to = src_off[part[first:last]], slot[first:last], number[first:last] - i * PAGE
-        if fields is None:
+        if fields is None and codec.kernel:
+            end = codec.payload_bytes(dim, dtype)
+            rows = fetch(src, from_ + at * (end // PAGE), end // PAGE).to(dst.device)
+            scale, mean = fetch(src, from_ + end, 2 * PAGE + dim).to(dst.device).split([2 * PAGE, dim], 1)
+            scale = scale.contiguous().view(torch.float16).gather(1, at[:, None]).squeeze(1)
+            mean, new = codec.mean(mean), torch.zeros(n, dim, device=dst.device)
+            middle = to % PAGE == count[i + to // PAGE] // 2
+            new[to[middle] // PAGE] = mean[middle]
+            out = codec.repack(rows, scale, mean, new, to)
+        elif fields is None:
             x = _slots(src, from_, at, codec, dim, dtype, step)
             fresh = torch.zeros(n * PAGE, dim, device=dst.device).index_copy_(0, to, x.to(dst.device))
             out = codec.encode(fresh.view(n, PAGE, dim), dtype, count[i : i + n])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from adaptivekv.kernels.language import log2
+from adaptivekv.kernels.language import load_means, log2, mean
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -69,7 +69,7 @@ def _query(q_ptr, rows, M: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, BK
 
 @triton.jit
 def _attend(
-    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, start, stop, tail,
+    q_ptr, native_ptr, word_ptr, half_ptr, wide_ptr, key_ptr, value_ptr, count_ptr, start, stop, tail,
     out_ptr, lse_ptr, page_lse_ptr, scale, softcap,
     M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     TYPE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, PAGE: tl.constexpr, SUB: tl.constexpr,
@@ -90,6 +90,9 @@ def _attend(
     V_TYPE: tl.constexpr = TYPE if V_BITS == 16 or WIDE else tl.float16
     K_WIDTH: tl.constexpr = DK if K_BITS == 16 else DK * K_BITS // 16  # elements or words of a slot
     V_WIDTH: tl.constexpr = DV if V_BITS == 16 else DV * V_BITS // 16
+
+    K_MIDDLE: tl.constexpr = ((1 << K_BITS) - 1) / 2  # the level of the mean
+    V_MIDDLE: tl.constexpr = ((1 << V_BITS) - 1) / 2
 
     q, q_sum = _query(q_ptr, rows, M, DK, K_BITS, BK, K_TYPE)
     top = tl.full([BM], -float("inf"), tl.float32)
@@ -121,12 +124,16 @@ def _attend(
             scores = _dot(k.to(K_TYPE), q[0], scores) * scale
         else:
             k = tl.load(word_ptr + k_off // 2 + k_at, mask=k_mask, other=0)
-            pair = half_ptr + k_off // 2 + PAGE * K_WIDTH
-            k_step = tl.load(pair + slot, mask=all_slots, other=0.0).to(tl.float32) * scale
-            k_zero = tl.load(pair + PAGE + slot, mask=all_slots, other=0.0).to(tl.float32) * scale
+            k_here = (k_col < K_WIDTH) & (page + 0 * k_col < stop)
+            means = load_means(wide_ptr, k_off + 2 * PAGE * (K_WIDTH + 1), k_col, k_here, K_BITS)
+            k_step = tl.load(half_ptr + k_off // 2 + PAGE * K_WIDTH + slot, mask=all_slots, other=0.0).to(tl.float32)
+            scores += (q_sum * (-K_MIDDLE / _SHRINK))[None, :]
+            common = tl.zeros([16, BM], tl.float32)  # of query and mean, in every row: a product has no fewer
             for s in tl.static_range(16 // K_BITS):
                 scores = _dot(_field(k, s * K_BITS, K_BITS, INTERPRET).to(K_TYPE), q[s], scores)
-            scores = scores * (k_step * _SHRINK)[:, None] + q_sum[None, :] * k_zero[:, None]
+                middle = mean(means, k_col, s, K_BITS) * ((1 << (s * K_BITS % 8)) / 256)
+                common = _dot(tl.broadcast_to(middle.to(K_TYPE)[None, :], [16, BK]), q[s], common)
+            scores = scores * (k_step * (scale * _SHRINK))[:, None] + (tl.max(common, 0) * (scale * 256))[None, :]
         if CAP:  # tanh(x) = 2 sigmoid(2x) - 1
             scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * _LOG2E)
         scores = tl.where(used[:, None], scores, -float("inf"))
@@ -159,17 +166,18 @@ def _attend(
             accs = (_dot(v.to(V_TYPE), weights.to(V_TYPE), accs[0] * fade[None, :]),)
         else:
             v = tl.load(word_ptr + v_off // 2 + v_at, mask=v_mask, other=0)
-            pair = half_ptr + v_off // 2 + PAGE * V_WIDTH
-            v_step = tl.load(pair + slot, mask=all_slots, other=0.0).to(tl.float32)
-            v_zero = tl.load(pair + PAGE + slot, mask=all_slots, other=0.0).to(tl.float32)
+            v_here = (v_col < V_WIDTH) & (page + 0 * v_col < stop)
+            means = load_means(wide_ptr, v_off + 2 * PAGE * (V_WIDTH + 1), v_col, v_here, V_BITS)
+            v_step = tl.load(half_ptr + v_off // 2 + PAGE * V_WIDTH + slot, mask=all_slots, other=0.0).to(tl.float32)
             v_step = tl.where(used, v_step, 0.0)  # an unused slot's scale can be NaN, and 0 * NaN is NaN
-            v_zero = tl.where(used, v_zero, 0.0)
-            shift = shift * fade + tl.sum(weights * v_zero[:, None], 0)
             scaled = (weights * v_step[:, None]).to(V_TYPE)
+            shift = shift * fade + tl.sum(scaled.to(tl.float32), 0)
             new = ()
             for s in tl.static_range(16 // V_BITS):
                 levels = _field(v, s * V_BITS, V_BITS, INTERPRET).to(V_TYPE)
-                new = new + (_dot(levels, scaled, accs[s] * fade[None, :]),)
+                middle = tl.where(count > 0, mean(means, v_col, s, V_BITS).to(tl.float32), 0.0)  # of an absent page
+                common = middle[:, None] * (mass * ((1 << (s * V_BITS % 8)) / _SHRINK))[None, :]
+                new = new + (_dot(levels, scaled, accs[s] * fade[None, :] + common),)
             accs = new
 
     norm = (1.0 / tl.where(total > 0, total, 1.0))[None, :]
@@ -179,13 +187,14 @@ def _attend(
         if V_BITS == 16:
             tl.store(out_ptr + at, accs[s] * norm, mask=mask)
         else:
-            tl.store(out_ptr + at, (accs[s] * (_SHRINK / (1 << (s * V_BITS % 8))) + shift[None, :]) * norm, mask=mask)
+            levels = accs[s] * (_SHRINK / (1 << (s * V_BITS % 8)))
+            tl.store(out_ptr + at, (levels - V_MIDDLE * shift[None, :]) * norm, mask=mask)
 
 
 @triton.jit
 def split_kernel(
-    q_ptr, native_ptr, word_ptr, half_ptr, key_ptr, value_ptr, count_ptr, item_ptr, slot_ptr, more_ptr, claim_ptr,
-    tail_ptr, out_ptr, lse_ptr, page_lse_ptr, all_rows, columns, heads, scale, softcap, processors,
+    q_ptr, native_ptr, word_ptr, half_ptr, wide_ptr, key_ptr, value_ptr, count_ptr, item_ptr, slot_ptr, more_ptr,
+    claim_ptr, tail_ptr, out_ptr, lse_ptr, page_lse_ptr, all_rows, columns, heads, scale, softcap, processors,
     M: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAIRS: tl.constexpr, TYPE: tl.constexpr, BM: tl.constexpr,
     PAGE: tl.constexpr, SUBS: tl.constexpr, ITEM: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
     CLEAN: tl.constexpr, STAGES: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr, INTERPRET: tl.constexpr,
@@ -213,7 +222,7 @@ def split_kernel(
             for i in tl.static_range(len(PAIRS)):
                 if code % 16 == i:
                     _attend(
-                        plane, native_ptr, word_ptr, half_ptr,
+                        plane, native_ptr, word_ptr, half_ptr, wide_ptr,
                         key_ptr + row * columns, value_ptr + row * columns, count_ptr + 2 * row * columns,
                         start, stop, tail, out_ptr + result * DV, lse_ptr + result, page_lse_ptr + row * columns * M,
                         scale, softcap, M, DK, DV, PAIRS[i][0], PAIRS[i][1], TYPE,

@@ -19,7 +19,7 @@ from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DEVICE, DISK, HOST, TIERS
 
-VERSION = 2
+VERSION = 3
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
