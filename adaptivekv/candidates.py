@@ -2,13 +2,13 @@
 
 CANDIDATES = (
     "full", "int8", "tuned(0.12, high=int8, low=int4)", "int4", "k4v2(window=0)",
-    "kvzap(0.5) | int4(window=0)", "kvzap(0.2) | int4(window=0)",
+    "kvzap(0.5) | int4(window=0)", "kvzap(0.3) | k4v2(window=0)",
     "offload(0.05)",
     *(f"{plan} | offload(0.05)" for plan in (
-        "int8", "tuned(0.12, high=int8, low=int4)",
-        *(f"kvzap({keep}) | tuned(0.25, high=int8, low=int4)" for keep in (0.75, 0.6)),
-        *(f"kvzap({keep}) | tuned(0.12, high=int8, low=int4, window=0)" for keep in (0.75, 0.6, 0.5)),
-        *(f"kvzap({keep}) | int4(window=0)" for keep in (0.5, 0.4, 0.3, 0.2)),
+        "int8", "tuned(0.12, high=int8, low=int4)", "int4",
+        "kvzap(0.75) | tuned(0.25, high=int8, low=int4)",
+        *(f"kvzap({keep}) | int4(window=0)" for keep in (0.75, 0.6, 0.5)),
+        *(f"kvzap({keep}) | k4v2(window=0)" for keep in (0.5, 0.4, 0.3, 0.2)),
         "snapkv(0.5, pool=32) | int4(window=0)",
     )),
 )  # fmt: skip
