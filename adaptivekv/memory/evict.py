@@ -1,7 +1,8 @@
 """Token eviction that frees real pages: survivors of broken pages are packed into fresh ones.
 
-Stored slots move as they are, so nothing is lost, except in formats whose slots share scales (keys of KIVI, all of
-KVQuant): there survivors are decoded and get the scales of their new page, an error of up to half a step each time.
+Native slots move as they are. Packed ones share their page's mean: those that move with it keep every bit, others are
+rounded again to the mean of their new page. Where slots share scales (keys of KIVI, all of KVQuant) survivors are decoded
+and get the scales of their new page. Either costs up to about half a step each time.
 """
 
 from __future__ import annotations

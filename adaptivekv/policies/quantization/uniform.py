@@ -13,8 +13,8 @@ from adaptivekv.policies.quantization.base import Single
 class Uniform(Single):
     """Pages older than the last `window` tokens are stored in the stage's format; the window stays native.
 
-    The rotation spreads outlier channels over the head, so one scale and zero a slot is enough; the kernel rotates
-    the query instead of the page. Pages only ever lose bits: one that already has fewer stays as it is.
+    Levels hold a slot's distance from the mean of its page. The rotation spreads outlier channels over the head, so one
+    scale a slot is enough; the kernel rotates the query instead of the page. Pages only ever lose bits: one that already has fewer stays as it is.
     """
 
     rotate: bool = True
@@ -34,13 +34,13 @@ class Uniform(Single):
 class Int8(Uniform):
     rotate: bool = False  # 8 bits need no help from a rotation
     name: ClassVar[str] = "int8"
-    formula: ClassVar[str] = "(8 + 32 / head size) / 16 x native"
+    formula: ClassVar[str] = "(8 + 1 / 8 + 16 / head size) / 16 x native"
 
 
 @dataclass(frozen=True)
 class Int4(Uniform):
     name: ClassVar[str] = "int4"
-    formula: ClassVar[str] = "(4 + 32 / head size) / 16 x native"
+    formula: ClassVar[str] = "(4 + 1 / 8 + 16 / head size) / 16 x native"
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class K4V2(Uniform):
     """Keys need 4 bits, values live with 2 (docs/methods.md)."""
 
     name: ClassVar[str] = "k4v2"
-    formula: ClassVar[str] = "(3 + 32 / head size) / 16 x native"
+    formula: ClassVar[str] = "(3 + 1 / 8 + 16 / head size) / 16 x native"
 
 
 @dataclass(frozen=True)
 class Int2(Uniform):
     name: ClassVar[str] = "int2"
-    formula: ClassVar[str] = "(2 + 32 / head size) / 16 x native"
+    formula: ClassVar[str] = "(2 + 1 / 8 + 16 / head size) / 16 x native"
