@@ -1,8 +1,8 @@
 """Token eviction that frees real pages: survivors of broken pages are packed into fresh ones.
 
 Native slots move as they are. Packed ones share their page's mean: those that move with it keep every bit, others are
-rounded again to the mean of their new page. Where slots share scales (keys of KIVI, all of KVQuant) survivors are decoded
-and get the scales of their new page. Either costs up to about half a step each time.
+rounded again to the mean of their new page. Where slots share scales (keys of KIVI, all of KVQuant) survivors are
+decoded and get the scales of their new page. Either costs up to about half a step each time.
 """
 
 from __future__ import annotations
