@@ -13,9 +13,9 @@ from adaptivekv.policies.quantization.base import Single
 class Uniform(Single):
     """Pages older than the last `window` tokens are stored in the stage's format; the window stays native.
 
-    Levels hold a slot's distance from the mean of its page. The rotation spreads outlier channels over the head, so one
-    scale a slot is enough; the kernel rotates the query instead of the page. Pages only ever lose bits: one that already
-    has fewer stays as it is.
+    Levels hold distances from the mean of a page. The rotation spreads outlier channels over the head, so one scale a
+    slot is enough; the kernel rotates the query instead of the page. Pages only ever lose bits: one that already has
+    fewer stays as it is.
     """
 
     rotate: bool = True
