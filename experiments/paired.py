@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.pareto import Cell, _read
+from experiments.pareto import Cell, read
 
 Row = dict[str, Any]
 
@@ -58,12 +58,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--note", help="what the two versions are")
     args = parser.parse_args()
-    after = _read(args.after)
-    rows = paired([row for path in args.before for row in _read(path)], after)
+    after = read(args.after)
+    rows = paired([row for path in args.before for row in read(path)], after)
     if not rows:
         raise SystemExit(f"paired: {args.after} has no plan and prompt in common with the lines before")
     facts = {key: sorted({str(row[key]) for row in after if key in row}) for key in ("device", "model", "length")}
     made = {"command": __doc__.split("\n")[2].strip(), "note": args.note} | facts | {"rows": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(made, indent=1) + "\n")
     shown = Table("plan", "prompts", "bytes", "KL before", "after", "ratio (95 %)")
     for row in rows:

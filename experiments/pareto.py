@@ -161,9 +161,17 @@ def _failed(error: Exception) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object")
+            measured = () if "error" in row else ("plan", "kl", "score", "device_bytes", "host_bytes", "full_bytes")
+            lacking = [name for name in (*Cell._fields[:5], *measured) if name not in row]
+            if lacking:
+                raise ValueError(f"line {number} lacks {', '.join(lacking)}")
+        return rows
     except (OSError, ValueError) as error:
         raise SystemExit(f"pareto: {path} is not a file of rows as `run` writes it ({error})") from None
 
@@ -183,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
         Plan.parse(plan)  # what is misspelt fails here
     done = set()
     if args.out.exists():
-        for row in _read(args.out):
+        for row in read(args.out):
             done.add(json.dumps([*(row[key] for key in Cell._fields[:5]), row.get("plan")]))
     queue = []
     for cell in cells(parts):
@@ -229,7 +237,7 @@ def main() -> None:
     if args.step == "run":
         run(args)
     else:
-        front.table([row for path in args.rows for row in _read(path)], args.out)
+        front.table([row for path in args.rows for row in read(path)], args.out)
 
 
 if __name__ == "__main__":

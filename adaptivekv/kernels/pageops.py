@@ -83,8 +83,8 @@ def pack_slots(
     Where slots stand alone (`Codec.fields`) their bytes move. Packed parts with kernels keep each slot's scale and take
     the mean of the part that their middle slot comes from, so most slots keep all bits; the levels of the others are
     rounded again (`Codec.repack`). Where slots share scales they are decoded, and encoded with their new neighbours.
-    src_off: int64 [n]; mask: int64 [n], bit s says that slot s is taken; start: int64 [n], the running number of a
-    part's first taken slot. Slot number g lands in slot g % 64 of the part at dst_off[g // 64].
+    src_off: int64 [n]; mask: int64 [n], bit s says that slot s is taken; start: int64 [n], rising, the running number
+    of a part's first taken slot. Slot number g lands in slot g % 64 of the part at dst_off[g // 64].
     dst_off: int64 [m]; count: int32 [m] used slots of the new parts, the others are written as zeros.
     """
     size, fields = codec.part_bytes(dim, dtype), codec.fields(dim, dtype)

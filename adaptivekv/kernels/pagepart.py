@@ -7,8 +7,9 @@ dim / 2 (int4) or dim / 4 (int2) apart (codec.py), so every codec reads and writ
 import triton
 import triton.language as tl
 
-_HALF_MAX = tl.constexpr(65504.0)
-_MEAN_MAX = tl.constexpr(57344.0)
+from adaptivekv.kernels.codec import HALF_MAX, MEAN_MAX
+
+_HALF_MAX, _MEAN_MAX = tl.constexpr(HALF_MAX), tl.constexpr(MEAN_MAX)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds a small float32 half to even
 
 
