@@ -30,7 +30,7 @@ def paired(before: list[Row], after: list[Row]) -> list[Row]:
         for rows in (before, after)
     ]
     plans = defaultdict(list)
-    for key in cells[0].keys() & cells[1].keys():
+    for key in (key for key in cells[1] if key in cells[0]):  # in their order: draws of prompts depend on it
         plans[key[-1]].append((cells[0][key], cells[1][key]))
     return sorted((_row(plan, pairs) for plan, pairs in plans.items()), key=lambda row: row["bytes"][1])
 
