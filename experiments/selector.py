@@ -5,12 +5,14 @@
 Reads <folder>/<scenario>/trajectories of `python -m experiments.champion`. Everything is fitted on split train, tuned
 on select, certified on certify and scored on test. Differences are paired, with 95 % intervals from a bootstrap over
 documents. Costs are (device bytes + 0.1 host bytes) x step time, relative to the request's full cache; *charged* adds a
-full cache where a request breaks an SLO that a plan within its limits would have kept.
+full cache where a request breaks an SLO that a plan within its limits would have kept. --times: the step times of a
+large model on a GPU (steptimes.py) instead of the replayed ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -31,7 +33,7 @@ from adaptivekv.trainer import dataset, goodput, plots, rivals, scoring, trackin
 from adaptivekv.trainer.dataset import Rows
 from adaptivekv.trainer.rivals import Way
 from adaptivekv.trainer.scoring import QUALITIES, Played
-from experiments import parts
+from experiments import parts, steptimes
 from experiments.parts import Study
 
 KAPPAS = (0.0, 0.03, 0.3, 1.0)  # besides scoring.KAPPA
@@ -54,6 +56,7 @@ def ways(study: Study) -> tuple[dict[str, list[Way]], dict[str, Any]]:
     for name, (way, settings) in {
         "table": rivals.table(train, select),
         "table by kind of text": rivals.table(train, select, "kind"),
+        "table by link": rivals.table(train, select, "link"),
         "forest": rivals.forest(train, select),
         "linear bandit": rivals.bandit(train, select),
     }.items():
@@ -232,6 +235,7 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--out", type=Path, default=Path("experiments/results"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--times", type=Path, help="measured steps of an 8B model: see experiments/steptimes.py")
     parser.add_argument("--tracking-uri")
     args = parser.parse_args()
     begun = time.monotonic()
@@ -239,24 +243,28 @@ def main() -> None:
     if not folders:
         parser.error(f"{args.study}: no <scenario>/trajectories there; run python -m experiments.champion")
     table = dataset.load(folders)
+    rows, times, name = dataset.rows(table), None, "selector"
+    if args.times:
+        steps = steptimes.fit(args.times)
+        rows, times, name = steptimes.retimed(rows, steps), dataclasses.asdict(steps), "selector-8b"
     with threadpool_limits(1):
-        record = run(dataset.rows(table), args.seeds, lambda line: print(line, flush=True))
+        record = {"times": times} | run(rows, args.seeds, lambda line: print(line, flush=True))
     command = "python -m experiments.selector " + " ".join(sys.argv[1:])
     record = {"command": command, "data_sha256": dataset.digest(table)} | record
     record["seconds"] = round(time.monotonic() - begun, 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "selector.json"
+    file = args.out / f"{name}.json"
     file.write_text(json.dumps(rounded(record), indent=1) + "\n")
     kind = "certified" if record["selector less the others"]["certified"] else "as it is"
     drawn = [
-        plots.ways(record["ways"], args.out / "selector.png"),
-        plots.scenarios(record["scenarios"][kind], args.out / "selector-scenarios.png"),
-        plots.goodput(record["goodput"], args.out / "goodput.png"),
+        plots.ways(record["ways"], args.out / f"{name}.png"),
+        plots.scenarios(record["scenarios"][kind], args.out / f"{name}-scenarios.png"),
+        plots.goodput(record["goodput"], args.out / f"{name}-goodput.png"),
     ]
     show(record)
     if args.tracking_uri:
         mlflow = tracking.client(args.tracking_uri)
-        with tracking.run(mlflow, "study", name="selector") as run_id:
+        with tracking.run(mlflow, "study", name=name) as run_id:
             tracking.log(mlflow, run_id, {"command": command, "data_sha256": record["data_sha256"]}, metrics(record))
             for path in drawn:
                 mlflow.log_artifact(run_id, str(path), "plots")

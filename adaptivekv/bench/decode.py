@@ -15,6 +15,8 @@ from adaptivekv.cache import AdaptiveCache
 from adaptivekv.engine.process import freeze
 from adaptivekv.graph import GraphDecoder
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.shapes import HOST
+from adaptivekv.plan import Plan
 
 SHAPES = {
     "8b": {
@@ -100,6 +102,7 @@ def ours(model: Any, rows: int, tokens: int, plan: str, compiled: bool) -> dict[
     out = {
         "ms": statistics.median(samples), "mean_ms": statistics.mean(samples), "worst_ms": max(samples),
         "plan_change_ms": min(change), "plan_change_first_ms": change[0], "capture_s": capture, "kv_bytes": held,
+        "host_bytes": sum(sequence.bytes(HOST) for sequence in cache.sequences),
         "capture_peak_bytes": torch.cuda.max_memory_allocated(),
     }  # fmt: skip
     cache.clear()
@@ -109,7 +112,8 @@ def ours(model: Any, rows: int, tokens: int, plan: str, compiled: bool) -> dict[
 def filled(model: Any, rows: int, tokens: int, plan: str) -> AdaptiveCache:
     """A cache as `rows` prompts of `tokens` tokens leave it, the plan not yet applied; keys and values are random."""
     # Room for the converted pages beside the native ones, as where memory is not yet short.
-    cache = AdaptiveCache(model, plan=plan, host=0, max_tokens=int(1.35 * tokens) + 2 * STEPS)
+    host = None if Plan.parse(plan).stage("offload") else 0
+    cache = AdaptiveCache(model, plan=plan, host=host, max_tokens=int(1.35 * tokens) + 2 * STEPS)
     cache.expect(tokens, 2 * STEPS)
     cache.admit(rows, [tokens] * rows)
     for request in cache.requests:

@@ -22,6 +22,7 @@ LARGE = ((1, 131072), (8, 32768), (32, 8192))
 SMALL = ((1, 2048), (1, 8192))
 MIX = {"native": 0.1, "int8": 0.2, "int4r": 0.4, "k4v2r": 0.2, "int2r": 0.1}
 PURE = tuple(MIX)
+RUNS = {"native": 1, "native in runs": 4}  # pages side by side: at random, and as a prompt's chunks of 256 leave them
 SCALE = DIM**-0.5
 
 
@@ -39,10 +40,10 @@ def run(shapes: tuple[tuple[int, int], ...] = LARGE + SMALL) -> Iterator[dict[st
         peers = _peers(requests, tokens, copies)
         best = min(peers.values())
         times: dict[str, float] = {}
-        for name in PURE + ("mixture",) if copies == 1 else ("native", "int4r"):
-            mix = MIX if name == "mixture" else {name: 1.0}
+        for name in (*RUNS, *PURE[1:], "mixture") if copies == 1 else (*RUNS, "int4r"):
+            mix = MIX if name == "mixture" else {name.split()[0]: 1.0}
             row: dict[str, Any] = {"requests": requests, "tokens": tokens, "format": name}
-            row |= _measure(requests, tokens, mix, copies, launch)
+            row |= _measure(requests, tokens, mix, copies, launch, RUNS.get(name, 1))
             times[name] = row["ms"]
             row |= {"peers_ms": peers, "ratio": best / row["ms"], "of_copy": row["gbps"] / copy, "copy_gbps": copy}
             if name == "mixture":
@@ -50,12 +51,14 @@ def run(shapes: tuple[tuple[int, int], ...] = LARGE + SMALL) -> Iterator[dict[st
             yield row
 
 
-def _measure(requests: int, tokens: int, mix: dict[str, float], copies: int, launch: Any) -> dict[str, Any]:
+def _measure(
+    requests: int, tokens: int, mix: dict[str, float], copies: int, launch: Any, run: int = 1
+) -> dict[str, Any]:
     """Time and error of one mix of formats; `copies` tables take turns so that no cache holds the pages."""
     q = torch.randn(requests * HEADS, GROUP, DIM, device="cuda", dtype=torch.bfloat16)
     tables: list[PageTable] = []
     for seed in range(copies):
-        table, k, v = make_table(requests, HEADS, tokens, DIM, mix, PAIRS, launch, seed=seed)
+        table, k, v = make_table(requests, HEADS, tokens, DIM, mix, PAIRS, launch, seed=seed, run=run)
         if seed == 0:
             want = reference(q, k, v, SCALE)
             out = attend_table(q.float(), table, SCALE)[0]

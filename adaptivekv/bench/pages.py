@@ -23,8 +23,10 @@ def make_table(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     seed: int = 0,
+    run: int = 1,
 ) -> tuple[PageTable, torch.Tensor, torch.Tensor]:
-    """Normal random keys and values around a mean a page, in pages of the formats `mix` (name -> share), at random.
+    """Normal random keys and values around a mean a page, in pages of the formats `mix` (name -> share), runs of
+    `run` pages of a row placed at random.
 
     Returns the table and the decoded, un-rotated keys and values [R, tokens, dim] float16, in the table's page order.
     """
@@ -39,8 +41,10 @@ def make_table(
     base = 0
     for fmt, size, start, stop in zip(formats, sizes, edges[:-1], edges[1:], strict=True):
         n = rows * (stop - start)
-        place = base + torch.randperm(n, generator=gen, device=device).view(rows, -1) * size
-        k_off[:, start:stop], v_off[:, start:stop] = place, place + fmt.k.part_bytes(dim, dtype)
+        first = torch.randperm(n // run, generator=gen, device=device)[:, None] * run
+        place = (first + torch.arange(run, device=device)).view(rows, -1)
+        k_part, v_part = (codec.part_bytes(dim, dtype) for codec in (fmt.k, fmt.v))
+        k_off[:, start:stop], v_off[:, start:stop] = base + place * k_part, base + n * k_part + place * v_part
         for offsets, codec, out in ((k_off, fmt.k, decoded[0]), (v_off, fmt.v, decoded[1])):
             for row in range(rows):
                 x = torch.randn(stop - start, PAGE, dim, generator=gen, device=device)

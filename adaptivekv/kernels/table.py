@@ -1,11 +1,12 @@
 """Which pages a decode step attends to, in tensors of fixed size: a captured CUDA graph reads what was last written."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adaptivekv.kernels.codec import Codec
+from adaptivekv.kernels.codec import PAGE, Codec
 
 ROTATED = 16
 """Added to the index of a pair of codecs where keys and values are stored Hadamard-rotated."""
@@ -92,8 +93,10 @@ class PageTable:
 
 def page_time(size: int, k_dim: int, v_dim: int) -> int:
     """Relative time of a page of `size` bytes beside pages of other formats (docs/kernels.md): what a program computes
-    and waits for weighs more than what it reads, as long as others leave it its share of the bandwidth."""
-    return size + 170 * (k_dim + v_dim)
+    and waits for weighs more than what it reads, as long as others leave it its share of the bandwidth; and unpacking
+    takes a twentieth more with every halving of the bits."""
+    native = 2 * PAGE * (k_dim + v_dim)
+    return int((size + 170 * (k_dim + v_dim)) * (1 + max(0.0, math.log2(native / size)) / 20))
 
 
 def plan_work(code: Tensor, time: Tensor, processors: int, together: int) -> Work:

@@ -84,9 +84,9 @@ def certify(
 class Table:
     """For each cell of requests and SLO, the cheapest plan that at most `share` of the cell's train requests break.
 
-    by: what makes a cell besides the length, () for one table of lengths, "scenario" or "kind" (of text). Cells with
-    fewer than `least` requests answer as the next coarser one: without length, then all requests. A server would have
-    to be told scenario and kind; the selector is not.
+    by: what makes a cell besides the length, "" for one table of lengths, or a property of a request: "scenario",
+    "kind" (of text) or "link". Cells with fewer than `least` requests answer as the next coarser one: without length,
+    then all requests. A server would have to be told scenario and kind; the selector is not.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Table:
 
     def cells(self, request: Request) -> list[tuple[Any, ...]]:
         """From fine to coarse."""
-        name = str(getattr(request.rows, self.by)[0]) if self.by else ""
+        name = getattr(request, self.by) if self.by else ""
         length = int(np.searchsorted(self.ends, request.rows.state[0, PROMPT]))
         return list(dict.fromkeys([(name, length), (name,), ()]))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptivekv.selector import QUALITY, RuleTable, Selector, price
+from adaptivekv.selector import LINK, QUALITY, RuleTable, Selector, price
 from adaptivekv.trainer.dataset import Rows, by_plan
 
 KAPPA = 0.1  # a host byte, in device bytes
@@ -45,6 +45,16 @@ class Request:
     @property
     def scenario(self) -> str:
         return str(self.rows.scenario[0])
+
+    @property
+    def kind(self) -> str:
+        """Of text."""
+        return str(self.rows.kind[0])
+
+    @property
+    def link(self) -> str:
+        """Its class of link to the host, GB/s."""
+        return f"{10 ** self.rows.state[0, LINK]:.2g}"
 
     @property
     def document(self) -> str:
