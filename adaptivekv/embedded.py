@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.huggingface import line, prepare, quiet
 from adaptivekv.paths import cache_root
 
-CONVERSION = 1  # raise when convert() writes something else: older folders are then left alone and not read
+CONVERSION = 2  # raise when convert() writes something else: older folders are then left alone and not read
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
@@ -153,6 +154,8 @@ def _convert_into(embedded: Embedded, folder: Path) -> None:
             shutil.rmtree(folder)
         os.replace(partial, folder)
         _sync(folder.parent, files=False)
+    except AdaptiveKVError as error:
+        raise AdaptiveKVError(f"cannot convert {embedded.name}: {error}") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             raise
@@ -172,6 +175,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
     place, file = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
+    check_words(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(place, gguf_file=file, dtype=torch.float32)
 
     seen: set[int] = set()
@@ -200,6 +204,17 @@ def convert(gguf: Path, folder: Path) -> None:
     prepare(model, tokenizer)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def check_words(tokenizer: Any) -> None:
+    """AdaptiveKVError for a tokenizer that takes plain English apart letter by letter.
+
+    transformers 5.17 makes such a one of Gemma's file, 5.23 does not: the model then reads gibberish and nothing fails.
+    """
+    text = "The quick brown fox jumps over the lazy dog and runs into the forest."
+    if 2 * len(tokenizer.encode(text)) > len(text):
+        version = importlib.metadata.version("transformers")
+        raise AdaptiveKVError(f"transformers {version} misreads this tokenizer: pip install 'transformers>=5.23,<6'")
 
 
 def _smallest_loss(tensors: dict[str, torch.Tensor]) -> torch.dtype:

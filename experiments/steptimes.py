@@ -22,10 +22,9 @@ import numpy as np
 
 from adaptivekv.bench.decode import SHAPES
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.features import schema
+from adaptivekv.huggingface import line
+from adaptivekv.selector import LINK, READ_SHARE
 from adaptivekv.trainer.dataset import Rows
-
-LINK, READ = schema.NAMES.index("log10_link"), schema.PLAN_NAMES.index("read_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +47,12 @@ def fit(path: Path) -> Steps:
         ms, device, host = (np.array([float(row[key]) for row in rows]) for key in ("ms", "kv_bytes", "host_bytes"))
         shapes = {row["shape"] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdaptiveKVError(f"times {path}: not rows of `adaptivekv bench decode --out` ({error!r})") from None
-    if shapes != {"8b"} or not host.any():
-        raise AdaptiveKVError(f"times {path}: steps of the shape 8b are needed, some of them with an offload")
+        raise AdaptiveKVError(f"times {path}: not rows of `adaptivekv bench decode --out` ({line(error)})") from None
+    if shapes != {"8b"} or not host.any() or not (np.isfinite([ms, device, host]).all() and (ms > 0).all()):
+        raise AdaptiveKVError(f"times {path}: steps of the shape 8b are needed, some with an offload, all timed")
     parts = np.column_stack([np.ones(len(ms)), device / 1e6, host / 1e6])
-    (base, per_device, per_host), *_ = np.linalg.lstsq(parts / ms[:, None], np.ones(len(ms)), rcond=None)
-    if min(base, per_device, per_host) <= 0:
+    (base, per_device, per_host), _, rank, _ = np.linalg.lstsq(parts / ms[:, None], np.ones(len(ms)), rcond=None)
+    if rank < 3 or min(base, per_device, per_host) <= 0:
         raise AdaptiveKVError(f"times {path}: no time a byte can be told from these steps; measure longer contexts")
     found = Steps(float(base), float(1 / per_device), float(1 / per_host), 0.0, len(ms))
     worst = float(np.abs(found.of(device, host, found.link_gbps) / ms - 1).max())
@@ -63,7 +62,7 @@ def fit(path: Path) -> Steps:
 def retimed(rows: Rows, steps: Steps) -> Rows:
     """The rows with the steps of the 8B model, over the link that each request was drawn with."""
     scale = token_bytes(SHAPES["8b"]) / token_bytes(SHAPES["embedded"])
-    read = rows.host_bytes * rows.plan_features[:, READ]
+    read = rows.host_bytes * rows.plan_features[:, READ_SHARE]
     return dataclasses.replace(
         rows, step_ms=steps.of(scale * rows.device_bytes, scale * read, 10.0 ** rows.state[:, LINK])
     )

@@ -224,6 +224,19 @@ def test_a_conversion_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]
 
 
+def test_a_tokenizer_of_single_letters_is_refused(
+    here: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Letters:
+        encode = staticmethod(list)
+
+    monkeypatch.setenv("ADAPTIVEKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "convert", lambda gguf, folder: loading.check_words(Letters()))
+    with one_line("cannot convert smollm2", "misreads", "transformers>=5.23"):
+        load()
+    loading.check_words(load(str(here.folder)).tokenizer)
+
+
 def test_doctor(here: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = doctor()
     json.dumps(report)

@@ -33,3 +33,11 @@ def test_what_are_no_steps_is_refused(tmp_path, text):
         steptimes.fit(path)
     with pytest.raises(AdaptiveKVError, match="offload"):
         steptimes.fit(written(path, [0.0] * 4))
+    with pytest.raises(AdaptiveKVError, match="timed"):
+        steptimes.fit(written(path, [0.0, 0.0, 1e9, float("nan")]))
+    rows = json.loads(written(path, [0.0, 0.0, 1e9, 2e9]).read_text())["rows"]
+    path.write_text(json.dumps({"rows": rows[2:]}))
+    with pytest.raises(AdaptiveKVError, match="longer contexts"):  # two steps for three unknowns
+        steptimes.fit(path)
+    with pytest.raises(AdaptiveKVError, match="times"):
+        steptimes.fit(tmp_path / "missing.json")
