@@ -52,7 +52,9 @@ class Steps:
     def of(self, plan: str, read: float) -> float:
         """Milliseconds of a step that reads so many bytes. AdaptiveKVError for a plan that was not measured."""
         if plan not in self.per_mb:
-            raise AdaptiveKVError(f"plan {plan!r} has no step times; measure it: python -m experiments.cputimes measure")
+            raise AdaptiveKVError(
+                f"plan {plan!r} has no step times; measure it: python -m experiments.cputimes measure"
+            )
         return self.base_ms + read / 1e6 * self.per_mb[plan]
 
 

@@ -236,8 +236,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/results"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--times", type=Path, help="measured steps of an 8B model: see experiments/steptimes.py")
+    parser.add_argument("--batch", type=int, default=1, help="requests a step, with --times")
     parser.add_argument("--tracking-uri")
     args = parser.parse_args()
+    if args.batch < 1 or (args.batch > 1 and not args.times):
+        parser.error(f"--batch {args.batch}: at least 1, and with --times only")
     begun = time.monotonic()
     folders = sorted(folder for folder in args.study.glob("*/trajectories") if any(folder.glob("*.parquet")))
     if not folders:
@@ -245,8 +248,9 @@ def main() -> None:
     table = dataset.load(folders)
     rows, times, name = dataset.rows(table), None, "selector"
     if args.times:
-        steps = steptimes.fit(args.times)
-        rows, times, name = steptimes.retimed(rows, steps), dataclasses.asdict(steps), "selector-8b"
+        steps = dataclasses.replace(steptimes.fit(args.times), batch=args.batch)
+        rows, times = steptimes.retimed(rows, steps), dataclasses.asdict(steps)
+        name = f"selector-8b-x{args.batch}" if args.batch > 1 else "selector-8b"
     with threadpool_limits(1):
         record = {"times": times} | run(rows, args.seeds, lambda line: print(line, flush=True))
     command = "python -m experiments.selector " + " ".join(sys.argv[1:])

@@ -8,7 +8,8 @@ A step of the small model on a CPU core takes so long that no link to the host i
     base + device bytes / bandwidth + host bytes that are read / link
 
 and the three are fitted to measured steps. Losses stay those of the embedded model, whose bytes stand for as many more
-of the 8B model's as a token takes there.
+of the 8B model's as a token takes there. Where a step serves several requests, all alike and under the same plan, its
+base is paid once and their bytes are all read.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from adaptivekv.trainer.dataset import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    base_ms: float
+    base_ms: float  # of a step, whatever it reads
     device_gbps: float
     link_gbps: float  # of the machine the steps were measured on; a request has a link of its own
     worst: float  # relative error of the fit, of the measured step that it misses most
     measured: int
+    batch: int = 1  # requests a step
 
     def of(self, device: np.ndarray, host: np.ndarray, link: np.ndarray | float) -> np.ndarray:
-        """Milliseconds of steps that read so many bytes from the device and the host, over links of so many GB/s."""
-        return self.base_ms + device / self.device_gbps / 1e6 + host / link / 1e6
+        """Milliseconds of steps whose requests each read so many bytes of device and host, over links of GB/s."""
+        return self.base_ms + self.batch * (device / self.device_gbps + host / link) / 1e6
 
 
 def fit(path: Path) -> Steps:
