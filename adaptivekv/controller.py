@@ -227,6 +227,7 @@ class Controller:
                 probs.tolist(),
                 room=(room, host_room),
                 shadow=self._shadowed(state, choose),
+                promised=bool(good.any()),
             )
         )
         self.seconds += time.perf_counter() - start

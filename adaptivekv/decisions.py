@@ -32,6 +32,7 @@ class Decision:
     pressure: bool = False
     room: tuple[int, int] | None = None  # device (without staging) and host bytes it might use; None: no choice
     shadow: str | None = None  # the plan that the challenger would have chosen
+    promised: bool = True  # a plan that might be chosen was sure to keep the SLO
 
 
 @dataclass

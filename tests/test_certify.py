@@ -14,7 +14,7 @@ import pytest
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 from adaptivekv.plan import Plan
-from adaptivekv.selector import RuleTable, TreeSelector
+from adaptivekv.selector import SURE, RuleTable, TreeSelector, is_lossless
 from adaptivekv.trainer import certify, dataset, frozen, ltt, registry, scoring, tracking, trajectories
 from adaptivekv.trainer.logged import Logged
 from adaptivekv.trainer.train import train
@@ -73,7 +73,7 @@ def test_the_controller_takes_the_plan_that_was_judged(data, trained):
             return np.inf, np.inf
 
     policy = TreeSelector.load(trained["policy"])
-    taken = {}
+    taken, promised, lossy = {}, set(), ~is_lossless(requests[0].rows.plan_features)
     for margin in (certify.GRID[20], certify.GRID[38], 0.0):
         policy.margin = margin
         choose = scoring.trusting(policy)
@@ -87,14 +87,20 @@ def test_the_controller_takes_the_plan_that_was_judged(data, trained):
                 seen: Any = SimpleNamespace(plan=Plan(), generated=0, decisions=[])
                 controller._decide(seen, "prefill")
                 taken[margin, i, quality] = seen.decisions[-1].plan, str(request.rows.plan[choose(request, quality)])
-            controller.quality, controller.state[scoring.QUALITY] = (
-                1e-5,
-                -5,
-            )  # nothing certifies that: what is sure
+                assert seen.decisions[-1].promised
+            controller.quality, controller.state[scoring.QUALITY] = 1e-5, -5  # nothing certifies that: what is sure
             controller._decide(seen, "prefill")
             assert seen.decisions[-1].plan in ("full", "offload(0.25)")
+            for quality in (1e-5, 1.0):  # where nothing lossless fits, a promise depends on the risk, as in `outcomes`
+                controller.quality, controller.state[scoring.QUALITY] = quality, np.log10(quality)
+                controller.mask = lossy
+                controller._decide(seen, "prefill")
+                promised.add(seen.decisions[-1].promised)
+                assert seen.decisions[-1].promised == (scoring.asked(policy, request, quality)[1][lossy].min() < SURE)
+            controller.mask = np.ones(4, bool)
     assert {judged for _, judged in taken.values()} >= {"int8", "snapkv(0.5)"}
     assert {margin for (margin, *_), (ours, judged) in taken.items() if ours != judged} == {0.0}
+    assert promised == {True, False}
 
 
 def test_certify_round_trip(data, store, trained, tmp_path, monkeypatch):

@@ -109,6 +109,9 @@ def test_samples_round_trip(engine: Engine, tiny: LoadedModel, tmp_path: Path) -
     strict = [dataclasses.replace(plain, quality=-1.0), dataclasses.replace(plain, state="admitted", id="lost")]
     assert list(sampling.outcomes(strict, labels)) == [("rules", True)]  # the second may still end
     assert list(sampling.outcomes(strict, labels, plain.admitted + 700))[1] == ("rules", True)
+    hopeless = dataclasses.replace(strict[0], promised=False)  # no plan was sure, and the decision said so
+    assert list(sampling.outcomes([hopeless], labels)) == [("rules", False)]
+    assert plain.promised
 
 
 def test_the_coin_is_fair_and_seeded(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Does a running policy keep its promise? A test that may be looked at after every label, and what to do when it fails.
 
-The promise: at most a share alpha of requests break their SLO. Against it one bets: a wager w on "more than that" turns
-a capital of 1 into the product of 1 + w (x - alpha), x = 1 for a violation and 0 otherwise. While each request's chance
-of a violation is at most alpha, the capital does not grow on average, so by Ville's inequality it ever passes 1 / delta
-with a chance of at most delta, whenever one looks (Waudby-Smith and Ramdas, Estimating means of bounded random
-variables by betting, https://arxiv.org/abs/2010.09686). Several wagers share the capital: each is the best one against
-a violation rate of its own.
+The promise: at most a share alpha of requests are promised their SLO and do not get it. Against it one bets: a wager
+w on "more than that" turns a capital of 1 into the product of 1 + w (x - alpha), x = 1 for a violation and 0
+otherwise. While each request's chance of a violation is at most alpha, the capital does not grow on average, so by
+Ville's inequality it ever passes 1 / delta with a chance of at most delta, whenever one looks (Waudby-Smith and
+Ramdas, Estimating means of bounded random variables by betting, https://arxiv.org/abs/2010.09686). Several wagers
+share the capital: each is the best one against a violation rate of its own.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class Sample:
     state: str = "admitted"  # then "done", or "gone": the client left
     plan: str = ""  # in force at the end; what is lost never comes back, so the lossiest there was
     tokens: int = 0  # of the answer
+    promised: bool = True  # at the end of the prompt: with no plan sure to keep the SLO, nothing is
     schema: int = schema.VERSION
     features: list[float | None] = dataclasses.field(default_factory=list)  # [F] at the end of the prompt
 
@@ -85,8 +86,10 @@ class Samples:
         assert session.last is not None
         sample.state, sample.plan, sample.tokens = "done", str(request.plan), session.last.new_tokens
         sample.budget = min(1.0, request.budget / request.full) if request.budget else 1.0
-        seen = next((d.features for d in request.decisions if d.moment == "prefill" and d.features), {})
-        sample.features = [None if math.isnan(v) else v for v in schema.row(seen).tolist()]
+        made = next((d for d in request.decisions if d.moment == "prefill" and d.features), None)
+        sample.promised = made is None or made.promised
+        seen = schema.row(made.features if made else {})
+        sample.features = [None if math.isnan(v) else v for v in seen.tolist()]
         self._write(sample)
 
     def gone(self, sample: Sample) -> None:
@@ -126,16 +129,17 @@ def read(folder: str | Path) -> list[Sample]:
 
 
 def outcomes(samples: Sequence[Sample], labels: str | Path, now: float | None = None) -> Iterator[tuple[str, bool]]:
-    """(policy, whether its SLO was broken) of each sample, in the order of admission, up to the first not yet known.
+    """(policy, whether it broke its promise) of each sample, in the order of admission, up to the first not yet known.
 
-    A request whose client left counts as broken, and so does one without a label PATIENCE seconds after it began.
+    Who was promised nothing breaks no promise, whatever became of the SLO: so counts a certificate. A request whose
+    client left counts as broken, and so does one without a label PATIENCE seconds after it began.
     """
     now = time.time() if now is None else now
     for sample in samples:
         file = labels_of(labels, sample)
         if sample.state == "done" and file.exists():
             (loss,) = (r["label_loss"] for r in trajectories.read(file).to_pylist() if r["plan"] == sample.plan)
-            yield sample.policy, loss > sample.quality
+            yield sample.policy, sample.promised and loss > sample.quality
         elif sample.state == "gone" or now - sample.admitted > PATIENCE:
             yield sample.policy, True
         else:
