@@ -105,12 +105,13 @@ def test_samples_round_trip(engine: Engine, tiny: LoadedModel, tmp_path: Path) -
     assert len(kept) == 2 * len(PLANS) and set(kept.scenario) == {"serve"}
     assert (kept.state[:, 4] == 0).all()  # one turn is judged
     every = sampling.read(tmp_path / "samples")
-    assert list(sampling.outcomes(every, labels)) == [("rules", False), ("rules", False), ("rules", True)]
+    kept, broken = ("rules", True, False), ("rules", True, True)
+    assert list(sampling.outcomes(every, labels)) == [kept, kept, broken]
     strict = [dataclasses.replace(plain, quality=-1.0), dataclasses.replace(plain, state="admitted", id="lost")]
-    assert list(sampling.outcomes(strict, labels)) == [("rules", True)]  # the second may still end
-    assert list(sampling.outcomes(strict, labels, plain.admitted + 700))[1] == ("rules", True)
+    assert list(sampling.outcomes(strict, labels)) == [broken]  # the second may still end
+    assert list(sampling.outcomes(strict, labels, plain.admitted + 700))[1] == broken
     hopeless = dataclasses.replace(strict[0], promised=False)  # no plan was sure, and the decision said so
-    assert list(sampling.outcomes([hopeless], labels)) == [("rules", False)]
+    assert list(sampling.outcomes([hopeless], labels)) == [("rules", False, False)]
     assert plain.promised
 
 

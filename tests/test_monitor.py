@@ -66,12 +66,14 @@ def test_watching_applies_the_advice(monkeypatch: pytest.MonkeyPatch) -> None:
         margin = config.get("margin", 0.5)
         return {"selector": f"champion@1~{margin:g}" if config else "champion@1", "margin": margin}
 
-    outcomes = [("rules", True)] * 50 + [("champion@1", True)] * 30 + [("champion@1~0.6", False)] * 40
+    kept, hopeless = ("champion@1~0.6", True, False), ("champion@1~0.6", False, False)
+    outcomes = [("rules", True, True)] * 50 + [("champion@1", True, True)] * 30 + [kept] * 40 + [hopeless] * 5
     monkeypatch.setattr(watching, "reload", reload)
     monkeypatch.setattr(watching, "label", lambda *_: None)
     monkeypatch.setattr(watching, "_outcomes", lambda *_: outcomes)
     found = watching.watch("samples", "labels", every=0.0, rounds=3)
     assert asked == [{}, {"margin": 0.6}] == [{}, *found["advice"]]
-    assert found["selector"] == "champion@1~0.6" and (found["labels"], found["violations"]) == (40, 0)
+    assert found["selector"] == "champion@1~0.6"
+    assert (found["labels"], found["promises"], found["violations"]) == (45, 40, 0)
     with pytest.raises(AdaptiveKVError, match="alpha is 2"):
         watching.watch("samples", "labels", alpha=2)

@@ -236,8 +236,8 @@ class _Circle:
     def watched(self, replies: Sequence[Reply], margin: float) -> dict[str, Any]:
         """The monitor on the new champion's first labels; what it advises is applied."""
         monitor, advice = Monitor(margin), None
-        for _, violated in sampling.outcomes(self.samples(replies), self.folder / "after"):
-            advice = monitor.feed(violated) or advice
+        for _, promised, violated in sampling.outcomes(self.samples(replies), self.folder / "after"):
+            advice = monitor.feed(violated, promised) or advice
         if advice:
             reload(self.url, **advice)
         return monitor.state() | {"advice": advice}

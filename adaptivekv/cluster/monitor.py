@@ -58,6 +58,7 @@ class Monitor:
     step: float = STEP
     widenings: int = WIDENINGS  # before it falls back
     labels: int = 0  # since the last change
+    promises: int = 0  # to them; where no plan was sure of the SLO nothing was promised, and nothing can be broken
     violations: int = 0
     changes: int = 0
 
@@ -71,18 +72,19 @@ class Monitor:
         """The e-value: the capital, 1 at the start."""
         return float(np.exp(self._capital).mean())
 
-    def feed(self, violated: bool) -> dict[str, Any] | None:
+    def feed(self, violated: bool, promised: bool = True) -> dict[str, Any] | None:
         """One outcome. Returns what to do about the policy, as `reconfigure` takes it, or None: let it be.
 
         Advice is {"margin": wider}, at last FALLBACK, the rule table at a margin where it takes lossless plans only.
         """
         self.labels += 1
+        self.promises += promised
         self.violations += violated
         self._capital += np.log1p(self._wagers * (violated - self.alpha))
         if self.evidence < 1 / self.delta:
             return None
         self.changes += 1
-        self.labels, self.violations, self._capital = 0, 0, np.zeros_like(self._capital)
+        self.labels, self.promises, self.violations, self._capital = 0, 0, 0, np.zeros_like(self._capital)
         wider = round(self.margin + self.step, 6)
         if self.changes > self.widenings or wider > WIDEST:
             self.margin = WIDEST
@@ -91,5 +93,5 @@ class Monitor:
         return {"margin": wider}
 
     def state(self) -> dict[str, Any]:
-        names = ("margin", "labels", "violations", "changes", "alpha", "delta")
+        names = ("margin", "labels", "promises", "violations", "changes", "alpha", "delta")
         return {name: getattr(self, name) for name in names} | {"evidence": self.evidence}

@@ -128,8 +128,10 @@ def read(folder: str | Path) -> list[Sample]:
     return sorted(found, key=lambda sample: (sample.admitted, sample.id))
 
 
-def outcomes(samples: Sequence[Sample], labels: str | Path, now: float | None = None) -> Iterator[tuple[str, bool]]:
-    """(policy, whether it broke its promise) of each sample, in the order of admission, up to the first not yet known.
+def outcomes(
+    samples: Sequence[Sample], labels: str | Path, now: float | None = None
+) -> Iterator[tuple[str, bool, bool]]:
+    """(policy, whether it promised, whether it broke that) of each sample, by admission, up to the first not yet known.
 
     Who was promised nothing breaks no promise, whatever became of the SLO: so counts a certificate. A request whose
     client left counts as broken, and so does one without a label PATIENCE seconds after it began.
@@ -139,9 +141,9 @@ def outcomes(samples: Sequence[Sample], labels: str | Path, now: float | None = 
         file = labels_of(labels, sample)
         if sample.state == "done" and file.exists():
             (loss,) = (r["label_loss"] for r in trajectories.read(file).to_pylist() if r["plan"] == sample.plan)
-            yield sample.policy, sample.promised and loss > sample.quality
+            yield sample.policy, sample.promised, sample.promised and loss > sample.quality
         elif sample.state == "gone" or now - sample.admitted > PATIENCE:
-            yield sample.policy, True
+            yield sample.policy, True, True
         else:
             return
 

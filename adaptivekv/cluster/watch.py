@@ -44,15 +44,16 @@ def watch(
     try:
         while rounds is None or rounds > 0:
             label(samples, labels, plans, workers)
-            mine = [broken for policy, broken in _outcomes(samples, labels) if policy == now["selector"]]
-            for violated in mine[fed:]:
+            mine = [outcome for policy, *outcome in _outcomes(samples, labels) if policy == now["selector"]]
+            for promised, violated in mine[fed:]:
                 fed += 1
-                if advice := monitor.feed(violated):
+                if advice := monitor.feed(violated, promised):
                     given.append(advice)
                     now, fed = reload(url, api_key, **advice), 0
                     tell(f"too many violations: now {now['selector']}")
                     break  # the rest were decided under the margin before
-            tell(f"{now['selector']}: {monitor.violations} of {monitor.labels} broken, evidence {monitor.evidence:.2f}")
+            kept = f"{monitor.violations} of {monitor.promises} promises broken, {monitor.labels} labels"
+            tell(f"{now['selector']}: {kept}, evidence {monitor.evidence:.2f}")
             rounds = None if rounds is None else rounds - 1
             if rounds != 0:
                 time.sleep(every)
@@ -61,5 +62,5 @@ def watch(
     return monitor.state() | {"selector": now["selector"], "advice": given}
 
 
-def _outcomes(samples: str | Path, labels: str | Path) -> list[tuple[str, bool]]:
+def _outcomes(samples: str | Path, labels: str | Path) -> list[tuple[str, bool, bool]]:
     return list(sampling.outcomes(sampling.read(samples), labels))
