@@ -161,15 +161,14 @@ def duo(tiny, layer):
 
 
 def qhitter(tiny, layer):
-    """Half the rank by page mass, half by how far a slot is from the mean of its page, against its length."""
+    """Half the rank by page mass, half the rank by how fine the steps of a slot are against its length."""
 
     def rank(values):  # the share of the others that are below, ties counted half
         return torch.stack([((v > values).float() + (v == values).float() / 2).sum() - 0.5 for v in values])
 
     n = TOKENS // 64 * 64
     parts = [part[layer][:, :n] for part in (tiny.k, tiny.v)]
-    pages = [x.unflatten(1, (-1, 64)) for x in parts]
-    error = sum(((x - x.mean(2, True)).abs().amax(-1) / x.norm(dim=-1)).flatten(1) for x in pages)
+    error = sum((x.amax(-1) - x.amin(-1)) / x.norm(dim=-1) for x in parts)
     mass = h2o(tiny, layer)
     return torch.stack([(rank(m) + rank(-e)) / 2 / (n - 1) for m, e in zip(mass, error, strict=True)])
 

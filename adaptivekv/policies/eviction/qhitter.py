@@ -17,12 +17,11 @@ from adaptivekv.policies.eviction.base import Eviction, page_scores
 class QHitter(Eviction):
     """A slot is worth (1 - `friendly`) x its rank by page mass + `friendly` x its rank by quantization error.
 
-    Ranks run from 0 to 1 within a head, the lowest error ranks highest. Packed pages hold a slot's distance from the
-    mean of its page with one scale, so the error of a key or value is that step against its length:
-    max |x - mean| / ||x||, summed over both. Meant for `qhitter(0.5) | int4`.
+    Ranks run from 0 to 1 within a head, the lowest error ranks highest. The error of a key or value with one scale a
+    slot is its step against its length: (max - min) / ||x||, summed over both. Meant for `qhitter(0.5) | int4`.
 
     Differs from the paper: mass is known per page, as a moving average (see `h2o`); the error is that of this
-    project's formats, in the pages as they are, without the rotation and the new pages that come later.
+    project's formats, from the range of a slot, without the rotation that comes later.
     """
 
     friendly: float = 0.5
@@ -43,23 +42,19 @@ class QHitter(Eviction):
 
 
 def _errors(sequence: Sequence, layer: int) -> np.ndarray:
-    """Step against length of every slot's key and value, [H, P, 64]; 0 for unused slots."""
+    """Step against length of every slot's key and value, [H, P, 64]; unused slots hold anything."""
     ids, pool = sequence.ids[layer], sequence.pool
     out = np.zeros((*ids.shape, sequence.slots(layer)[0].shape[2]), np.float32)
     for group in pool.groups(ids[ids >= 0]):
         at = np.isin(ids, group)
-        count = torch.from_numpy(pool.count[ids[at]])
-        keys, values = (_relative_step(part, count.to(part.device)) for part in pool.read(ids[at]))
-        out[at] = (keys + values).cpu().numpy()
+        error = sum(_relative_range(part) for part in pool.read(ids[at]))
+        assert isinstance(error, torch.Tensor)
+        out[at] = error.cpu().numpy()
     return out
 
 
-def _relative_step(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Of pages x [n, 64, dim] with `count` used slots each, [n]: [n, 64]."""
-    used = torch.arange(x.shape[1], device=x.device) < count[:, None]
-    x = x.where(used[..., None], 0.0)
-    mean = x.sum(1, keepdim=True) / count[:, None, None].clamp(min=1)
-    return ((x - mean).abs().amax(-1) / x.norm(dim=-1).clamp(min=1e-6)).where(used, 0.0)
+def _relative_range(x: torch.Tensor) -> torch.Tensor:
+    return (x.amax(-1) - x.amin(-1)) / x.norm(dim=-1).clamp(min=1e-6)
 
 
 def _ranks(values: np.ndarray, used: np.ndarray) -> np.ndarray:
