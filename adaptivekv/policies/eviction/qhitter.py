@@ -20,8 +20,9 @@ class QHitter(Eviction):
     Ranks run from 0 to 1 within a head, the lowest error ranks highest. The error of a key or value with one scale a
     slot is its step against its length: (max - min) / ||x||, summed over both. Meant for `qhitter(0.5) | int4`.
 
-    Differs from the paper: mass is known per page, as a moving average (see `h2o`); the error is that of this
-    project's formats, from the range of a slot, without the rotation that comes later.
+    Differs from the paper: mass is known per page, as a moving average (see `h2o`); the error is told from the range of
+    a slot. Pages store its distance from their mean instead, but that picks the tokens that are unlike the others, and
+    evicting these costs more (docs/methods.md).
     """
 
     friendly: float = 0.5
