@@ -3,8 +3,8 @@
     python -m experiments.cputimes measure --out experiments/results/step-times-cpu.json
     python -m experiments.cputimes apply build/study experiments/results/step-times-cpu.json
 
-A step that is timed beside a replay takes 40 % more or less from machine to machine, and with the load of its
-neighbours. Fitted is, to steps of one idle machine,
+A step that is timed beside a replay depends on the machine and on the load of its neighbours. Fitted is, to steps of
+one idle core,
 
     base + bytes that are read x a rate of the plan
 
@@ -23,17 +23,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from adaptivekv.candidates import CANDIDATES
 from adaptivekv.controller import Controller
 from adaptivekv.errors import AdaptiveKVError
-from adaptivekv.features import schema
 from adaptivekv.huggingface import line
 from adaptivekv.memory.shapes import DEVICE, HOST
 from adaptivekv.model import load
 from adaptivekv.plan import Plan
+from adaptivekv.selector import LINK, READ_SHARE
 from adaptivekv.trainer import tasks, trajectories
 from adaptivekv.trainer.branch import Branch
 from adaptivekv.trainer.replay import reference
@@ -58,11 +57,6 @@ class Steps:
         return self.base_ms + read / 1e6 * self.per_mb[plan]
 
 
-def read_share(plan: str) -> float:
-    """Of the host bytes, what a step reads."""
-    return float(Plan.parse(plan).features()["read_share"])
-
-
 @torch.inference_mode()
 def measure() -> list[dict[str, Any]]:
     """A row a length and candidate: median processor time of a step, one thread; bytes after it."""
@@ -85,10 +79,14 @@ def measure() -> list[dict[str, Any]]:
 
 def fit(path: Path) -> Steps:
     """Least squares of relative errors, one base for all plans. AdaptiveKVError: not a file that `measure` writes."""
+
+    def share(plan: str) -> float:  # of the host bytes, what a step reads
+        return float(Plan.parse(plan).features()["read_share"])
+
     try:
         rows = json.loads(path.read_text())["rows"]
         ms = np.array([float(row["ms"]) for row in rows])
-        read = np.array([row["device_bytes"] + row["host_bytes"] * read_share(row["plan"]) for row in rows]) / 1e6
+        read = np.array([row["device_bytes"] + row["host_bytes"] * share(row["plan"]) for row in rows]) / 1e6
         plans = list(dict.fromkeys(row["plan"] for row in rows))
         parts = np.column_stack([np.ones(len(ms)), *(read * [row["plan"] == p for row in rows] for p in plans)])
     except (OSError, ValueError, KeyError, TypeError, AdaptiveKVError) as error:
@@ -102,17 +100,16 @@ def fit(path: Path) -> Steps:
     return Steps(base, dict(zip(plans, rates, strict=True)), float(np.abs(parts @ found / ms - 1).max()))
 
 
-def retimed(table: pa.Table, steps: Steps) -> pa.Table:
+def retimed(table: pa.Table, steps: Steps) -> list[dict[str, Any]]:
     """Rows of trajectories.SCHEMA with these step times, and what follows from them."""
-    link = schema.NAMES.index("log10_link")
-    rows = table.to_pylist()
+    rows: list[dict[str, Any]] = table.to_pylist()
     for row in rows:
-        away = row["host_bytes"] * read_share(row["plan"])
-        over = away / 10 ** row["features"][link] / 1e6
+        away = row["host_bytes"] * row["plan_features"][READ_SHARE]
+        over = away / 10 ** row["features"][LINK] / 1e6
         seconds = (steps.of(row["plan"], row["device_bytes"] + away) + over) / 1e3 * row["tokens"]
         row["step_ms"] = 1e3 * seconds / row["tokens"]
         row["device_byte_s"], row["host_byte_s"] = row["device_bytes"] * seconds, row["host_bytes"] * seconds
-    return pa.Table.from_pylist(rows, schema=trajectories.SCHEMA)
+    return rows
 
 
 def main() -> None:
@@ -125,14 +122,18 @@ def main() -> None:
     used.add_argument("times", type=Path)
     args = parser.parse_args()
     if args.verb == "measure":
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         command = "python -m experiments.cputimes " + " ".join(sys.argv[1:])
         record = {"command": command, "machine": machine(), "torch": torch.__version__, "rows": measure()}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
         print(fit(args.out))
         return
     steps = fit(args.times)
-    for part in sorted(args.study.glob("*/trajectories/*.parquet")):
-        pq.write_table(retimed(pq.read_table(part), steps), part, compression="zstd", compression_level=19)
+    parts = sorted(args.study.glob("*/trajectories/*.parquet"))
+    if not parts:
+        raise AdaptiveKVError(f"study {args.study}: no <scenario>/trajectories/*.parquet there")
+    for part in parts:
+        trajectories.write(retimed(trajectories.read(part), steps), part)
 
 
 if __name__ == "__main__":

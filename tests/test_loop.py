@@ -105,8 +105,8 @@ def test_samples_round_trip(engine: Engine, tiny: LoadedModel, tmp_path: Path) -
     assert len(kept) == 2 * len(PLANS) and set(kept.scenario) == {"serve"}
     assert (kept.state[:, 4] == 0).all()  # one turn is judged
     every = sampling.read(tmp_path / "samples")
-    kept, broken = ("rules", True, False), ("rules", True, True)
-    assert list(sampling.outcomes(every, labels)) == [kept, kept, broken]
+    well, broken = ("rules", True, False), ("rules", True, True)
+    assert list(sampling.outcomes(every, labels)) == [well, well, broken]
     strict = [dataclasses.replace(plain, quality=-1.0), dataclasses.replace(plain, state="admitted", id="lost")]
     assert list(sampling.outcomes(strict, labels)) == [broken]  # the second may still end
     assert list(sampling.outcomes(strict, labels, plain.admitted + 700))[1] == broken

@@ -68,7 +68,7 @@ def test_a_study_gets_the_steps_of_one_core(tmp_path):
     table = pq.read_table(ROOT / "data/study/edge/trajectories/part-00000.parquet").slice(0, 40)
     table = table.filter(np.isin(table["plan"].to_pylist(), list(rates)))
     at = schema.NAMES.index("log10_link")
-    for before, row in zip(table.to_pylist(), cputimes.retimed(table, steps).to_pylist(), strict=True):
+    for before, row in zip(table.to_pylist(), cputimes.retimed(table, steps), strict=True):
         read = row["device_bytes"] + row["host_bytes"]
         over = row["host_bytes"] / 10 ** row["features"][at] / 1e6
         assert row["step_ms"] == pytest.approx(5 + rates[row["plan"]] * read / 1e6 + over)
@@ -87,3 +87,19 @@ def test_steps_of_a_core_that_are_no_times_are_refused(tmp_path, ms):
     file.write_text("{}")
     with pytest.raises(AdaptiveKVError, match="times"):
         cputimes.fit(file)
+
+
+def test_a_study_that_is_none_keeps_what_it_had(tmp_path, monkeypatch):
+    times, part = ROOT / "results/step-times-cpu.json", tmp_path / "study/edge/trajectories/part-00000.parquet"
+
+    def apply(study):
+        monkeypatch.setattr("sys.argv", ["cputimes", "apply", str(study), str(times)])
+        cputimes.main()
+
+    with pytest.raises(AdaptiveKVError, match="no <scenario>/trajectories"):
+        apply(tmp_path)
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"junk")
+    with pytest.raises(AdaptiveKVError, match="part-00000"):
+        apply(tmp_path / "study")
+    assert part.read_bytes() == b"junk" and len(list(part.parent.iterdir())) == 1
