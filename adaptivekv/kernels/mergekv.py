@@ -86,22 +86,23 @@ def _mass(
 ):  # fmt: skip
     """Attention that the pages from `start` received, averaged over the query rows, into its running average."""
     rows = tl.arange(0, BM)
+    page = start + tl.arange(0, PAGES)
+    held = (tl.load(key_ptr + page, mask=page < stop, other=0) & 255) != 0
+    mask = held[:, None] & (rows[None, :] < M)
+    # Loaded before the parts are summed, which they need not wait for.
+    page_lse = tl.load(page_lse_ptr + page[:, None] * M + rows[None, :], mask=mask, other=-float("inf"))
+    old = tl.load(mass_ptr + page, mask=held, other=0.0)
     top = tl.full([BM], -1e38, tl.float32)
     total = tl.zeros([BM], tl.float32)
     for part in range(0, n, CHUNK):
         i = part + tl.arange(0, CHUNK)
-        mask = (rows[:, None] < M) & (i[None, :] < n)
-        lse = tl.load(part_lse_ptr + (first + i)[None, :] * M + rows[:, None], mask=mask, other=-float("inf"))
+        here = (rows[:, None] < M) & (i[None, :] < n)
+        lse = tl.load(part_lse_ptr + (first + i)[None, :] * M + rows[:, None], mask=here, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(lse, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(lse - new_top[:, None]), 1)
         top = new_top
     lse = top + tl.log(total)
-    page = start + tl.arange(0, PAGES)
-    held = (tl.load(key_ptr + page, mask=page < stop, other=0) & 255) != 0
-    mask = held[:, None] & (rows[None, :] < M)
-    page_lse = tl.load(page_lse_ptr + page[:, None] * M + rows[None, :], mask=mask, other=-float("inf"))
     mass = tl.sum(tl.where(mask, tl.exp(page_lse - lse[None, :]), 0.0), 1) / M
-    old = tl.load(mass_ptr + page, mask=held, other=0.0)
     tl.store(mass_ptr + page, tl.where(old < 0, mass, (old + mass) / 2), mask=held)  # halves the past
 
 
