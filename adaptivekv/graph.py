@@ -30,7 +30,7 @@ COMPILE: dict[str, Any] = {
     "coordinate_descent_tuning": True,
 }  # fmt: skip
 """How the step of a single row is compiled: inductor then writes products as reductions, fused with what stands around
-them. For several rows the library's matrix kernels are the faster ones (docs/kernels.md)."""
+them. For several rows the library's matrix kernels, or `kernels/skinny.py`, are faster (docs/kernels.md)."""
 
 
 def refused(cache: AdaptiveCache) -> str | None:
@@ -66,9 +66,10 @@ class GraphDecoder:
 
     def __init__(self, model: Any, cache: AdaptiveCache, compiled: bool = False):
         self.model, self.cache = model, cache
+        several = triton_module("skinnypass").compile_options(model) if compiled else None
         self.forwards = [  # for several rows, for one
             torch.compile(model.forward, dynamic=False, options=options) if compiled else model.forward
-            for options in (None, COMPILE)
+            for options in (several, COMPILE)
         ]
         self.tables: StepTables | None = None
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
