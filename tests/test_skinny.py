@@ -1,6 +1,7 @@
 """A few rows times large matrices: the kernel in the interpreter, the pass for compiled steps on a CPU."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -83,6 +84,40 @@ def test_shapes_that_do_not_fit_are_refused():
     assert found and all(fits(c, 8, (1024, 4096), 4096) and 132 <= 5120 // c.block_n * c.split < 2112 for c in found)
     assert {c.split for c in skinnytune.candidates(8, (64,), 4096, 132)} == {4}, "too few programs, but all there are"
     assert skinnytune.choose(torch.nn.Linear(2, 2), 8, (64,), 64, torch.bfloat16, torch.device("cpu")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 8, 13])
+def test_the_kernel_equals_a_product_on_the_gpu(rows):
+    """Every configuration that may be chosen, launched again while the launch before it runs: the same bits."""
+    x, *weights = (torch.randn(n, 4096, device="cuda", dtype=torch.bfloat16) for n in (rows, 2048, 512, 512))
+    want = x.double() @ torch.cat(weights).double().T
+    tried = set(skinnytune.candidates(rows, (2048, 512, 512), 4096, 64))
+    assert len(tried) > 4
+    for config in tried:
+        first, *others = (skinny_products(x, weights, config) for _ in range(20))
+        assert all(torch.equal(first, other) for other in others), config
+        error = (first.double().sum(0) - want).norm() / want.norm()
+        assert error < (1e-5 if config.split > 1 else 3e-3), (config, float(error))
+
+
+@pytest.mark.gpu
+def test_a_compiled_step_equals_the_model_on_the_gpu():
+    """Products chosen by measurement, kernels that overlap: replayed many times, always the same bits."""
+    torch.manual_seed(0)
+    wide = [(torch.nn.Linear(2048, 4096, False), torch.nn.SiLU(), torch.nn.Linear(4096, 2048, False)) for _ in range(4)]
+    model = torch.nn.Sequential(*itertools.chain(*wide)).to("cuda", torch.bfloat16)
+    x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16)
+    step = torch.compile(model.forward, dynamic=False, fullgraph=True, options=skinnypass.compile_options(model))
+    with torch.inference_mode():
+        want, got = model(x).float(), step(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step(x)
+        for _ in range(100):
+            graph.replay()
+            assert torch.equal(out, got)
+    assert (got.float() - want).norm() / want.norm() < 2e-2
 
 
 if __name__ == "__main__":

@@ -27,8 +27,12 @@ Choose = Callable[[torch.nn.Module, int, tuple[int, ...], int, torch.dtype, torc
 
 
 def compile_options(model: torch.nn.Module) -> dict[str, Any]:
-    """Options of torch.compile under which a step of several rows of this model takes the fastest products."""
-    return {"post_grad_custom_pre_pass": SkinnyPass(model)}
+    """Options of torch.compile under which a step of several rows of this model takes the fastest products.
+
+    Inductor's own kernels then overlap, too, and independent ones share a launch: between products that no longer wait
+    for each other they are what is left (docs/kernels.md).
+    """
+    return {"post_grad_custom_pre_pass": SkinnyPass(model), "combo_kernels": True, "triton.enable_pdl": True}
 
 
 class SkinnyPass(CustomGraphPass):

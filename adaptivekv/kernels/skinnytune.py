@@ -18,11 +18,8 @@ from torch.nn.functional import linear
 from adaptivekv.kernels.decode import processors
 from adaptivekv.kernels.skinny import Config, fits, skinny_products
 
-TILES = (
-    (16, 128, 6, 1), (16, 256, 4, 1), (32, 128, 4, 2), (32, 128, 6, 2), (32, 256, 4, 2), (64, 64, 6, 4),
-    (64, 128, 4, 4), (64, 128, 6, 4),
-)  # fmt: skip
-"""Of `Config`, all but the split."""
+TILES = ((16, 128, 6, 1), (32, 128, 4, 2), (64, 128, 4, 4), (32, 512, 4, 4))
+"""Of `Config`, all but the split: the best of 96 for the products of an 8B shape (docs/kernels.md)."""
 SPLITS = (1, 2, 4)
 """A sum of fewer than eight is unrolled by inductor into what follows it."""
 _PROGRAMS = 16  # most a multiprocessor: beyond, each has too few tiles to load ahead
