@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,8 +41,7 @@ def kernels(
     _need_gpu(out)
     from adaptivekv.bench.kernels import SMALL, run
 
-    rows = _collect(run(SMALL) if small else run(), KERNELS, json_)
-    _finish("kernels", rows, out, json_)
+    _report("kernels", run(SMALL) if small else run(), KERNELS, out, json_)
 
 
 @app.command()
@@ -59,8 +59,7 @@ def decode(
 
     cases = tuple(map(_case, case or ())) or CASES
     _need_gpu(out)
-    rows = _collect(run(cases, compiled, peers), DECODE, json_)
-    _finish("decode", rows, out, json_)
+    _report("decode", run(cases, compiled, peers), DECODE, out, json_)
 
 
 def _case(text: str) -> tuple[str, int, int, str]:
@@ -92,38 +91,34 @@ def _need_gpu(out: Path | None) -> None:
             raise AdaptiveKVError(f"out {out}: cannot be written ({error.strerror}); name another file") from None
 
 
-def _collect(rows: Iterable[dict[str, Any]], columns: dict[str, str], quiet: bool) -> list[dict[str, Any]]:
-    """All rows, each shown as it comes."""
-    done = []
-    for row in rows:
-        done.append(row)
-        if not quiet:
-            err.print(" · ".join(f"{title} {_text(row[key])}" for key, title in columns.items() if key in row))
-    return done
-
-
-def _finish(name: str, rows: list[dict[str, Any]], out: Path | None, json_: bool) -> None:
+def _report(name: str, rows: Iterable[dict[str, Any]], columns: dict[str, str], out: Path | None, json_: bool) -> None:
+    """All rows, each shown and written as it comes: a run that is cut short keeps those it has."""
     import torch
     import triton
 
+    done: list[dict[str, Any]] = []
     result = {
         "bench": name,
         "device": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},
-        "command": "adaptivekv " + " ".join(sys.argv[1:]),
-        "rows": rows,
+        "command": shlex.join(["adaptivekv", *sys.argv[1:]]),
+        "rows": done,
     }
+    for row in rows:
+        done.append(row)
+        if not json_:
+            err.print(" · ".join(f"{title} {_text(row[key])}" for key, title in columns.items() if key in row))
+        if out:
+            out.write_text(json.dumps(result, indent=1) + "\n")
     if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
         from adaptivekv.bench.plots import plot
 
-        plot(name, rows, out.with_suffix(".png"))
+        plot(name, done, out.with_suffix(".png"))
     if json_:
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    columns = KERNELS if name == "kernels" else DECODE
     table = Table(*columns.values(), title=f"{name} · {result['device']}")
-    for row in rows:
+    for row in done:
         table.add_row(*(_text(row.get(key, "")) for key in columns))
     Console().print(table)
 
