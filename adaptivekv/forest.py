@@ -35,7 +35,8 @@ class Forest:
         self._feature = np.where(made.empty, 0, get["feature"][made.node])
         self._threshold = np.where(made.empty, np.inf, get["threshold"][made.node])
         self._clears, self._fill, self._loss = made.clears, get["fill"], get["loss"]
-        self._log, self._lossy = np.log10(self._loss + FLOOR), self._loss.max(axis=0) > 0
+        log = np.log10(self._loss + FLOOR)
+        self._moments, self._lossy = np.hstack([log, log**2]), self._loss.max(axis=0) > 0
         position = np.zeros(len(get["left"]), np.uint8)
         for leaf, count in zip(made.leaf, LEAVES - made.empty.sum(0), strict=True):
             position[leaf[:count]] = np.arange(count)
@@ -44,6 +45,7 @@ class Forest:
         self._trees = np.arange(len(self._member))
         self._plans = {row.tobytes(): i for i, row in enumerate(get["plans"])}
         self.known = lru_cache(maxsize=64)(self._known)
+        self._broke = lru_cache(maxsize=64)(lambda quality: (self._loss > quality).astype(np.float64))
 
     def _known(self, plans: bytes, width: int) -> np.ndarray:
         """For each plan [k] of these feature rows its number among those seen, else -1."""
@@ -57,17 +59,17 @@ class Forest:
     def predict(self, state: np.ndarray, known: np.ndarray, quality: float) -> tuple[np.ndarray, ...]:
         """Of the plans `known` [k]: loss and its 0.9 quantile, as if its logarithm were normal, and the chance that it
         exceeds `quality`, as it did with the requests it was grown on."""
-        weight, log = self.weights(state), self._log[:, known]
-        mean = weight @ log
-        deviation = np.sqrt(np.maximum(weight @ log**2 - mean**2, 0.0))
-        lossy = self._lossy[known]  # what never lost anything loses nothing, not a rounding error
-        loss, high = (np.maximum(10.0**x - FLOOR, 0.0) * lossy for x in (mean, mean + TENTH * deviation))
-        return loss, high, weight @ (self._loss[:, known] > quality)
+        weight = self.weights(state)
+        mean, square = np.split(weight @ self._moments, 2)
+        deviation = np.sqrt(np.maximum(square - mean**2, 0.0))
+        # What never lost anything loses nothing, not a rounding error.
+        loss, high = (np.maximum(10.0**x - FLOOR, 0.0) * self._lossy for x in (mean, mean + TENTH * deviation))
+        return loss[known], high[known], (weight @ self._broke(quality))[known]
 
     def weights(self, state: np.ndarray) -> np.ndarray:
         """[n], of the requests it was grown on; they add up to 1."""
         x = self.filled(state)
-        kept = np.where(x[self._feature] > self._threshold, self._clears, ~np.uint64(0))
+        kept = np.where(x.take(self._feature) > self._threshold, self._clears, ~np.uint64(0))
         alive = np.bitwise_and.reduce(kept, axis=0)  # [T]
         leaf = np.bitwise_count((alive & -alive) - np.uint64(1))
         same = (self._member == leaf[:, None]).astype(np.float64)
