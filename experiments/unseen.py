@@ -39,7 +39,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = dataset.rows(dataset.load(sorted(args.study.glob("*/trajectories"))))
+    sources = sorted(args.study.glob("*/trajectories"))
+    if not sources:
+        raise AdaptiveKVError(f"study {args.study}: no <scenario>/trajectories there")
+    rows = dataset.rows(dataset.load(sources))
     train, test = rows.of("train"), rows.of("test")
     plans = sorted(set(test.plan[~is_lossless(test.plan_features)]))
     requests = np.unique(test.request)
