@@ -42,9 +42,13 @@ def main() -> None:
     sources = sorted(args.study.glob("*/trajectories"))
     if not sources:
         raise AdaptiveKVError(f"study {args.study}: no <scenario>/trajectories there")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = dataset.rows(dataset.load(sources))
     train, test = rows.of("train"), rows.of("test")
     plans = sorted(set(test.plan[~is_lossless(test.plan_features)]))
+    if not len(train) or not plans:
+        raise AdaptiveKVError(f"study {args.study}: needs lossy plans in splits train and test; collect more")
     requests = np.unique(test.request)
     document = dict(zip(test.request, test.document, strict=True))
     documents = np.array([document[request] for request in requests])
@@ -56,7 +60,8 @@ def main() -> None:
             part = change(train.where(train.plan != plan))
             asked = change(test.where(test.plan == plan))
             order = np.argsort(asked.request)
-            assert (asked.request[order] == requests).all()
+            if not np.array_equal(asked.request[order], requests):
+                raise AdaptiveKVError(f"study {args.study}: {plan} was not replayed for every request of split test")
             unseen = TreeSelector(export.flatten(fit(part, args.seed)), {"margin": 0.0}, name)
             for seen, policy in ((False, unseen), (True, whole)):
                 found = np.log10(predict_rows(policy, asked).loss + LOSS_FLOOR) - np.log10(asked.loss + LOSS_FLOOR)

@@ -86,7 +86,10 @@ def _need_gpu(out: Path | None) -> None:
     if out:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
+            new = not out.exists()
             out.open("a").close()
+            if new:  # an empty file would look like a result
+                out.unlink()
         except OSError as error:
             raise AdaptiveKVError(f"out {out}: cannot be written ({error.strerror}); name another file") from None
 

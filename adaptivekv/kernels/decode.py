@@ -29,7 +29,7 @@ from adaptivekv.kernels.select import select_pages
 from adaptivekv.kernels.splitkv import split_kernel
 from adaptivekv.kernels.table import ROTATED, Launch, PageTable, Work, plan_work
 
-__all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "processors", "select_pages"]
+__all__ = ["attend_pages_triton", "attend_table", "even_work", "occupancy", "overlaps", "processors", "select_pages"]
 
 ROWS = 16
 """Most query rows per KV head; up to 8 are padded to 8 columns of a tensor-core product, more to 16."""
@@ -63,7 +63,7 @@ def attend_table(
     and in float16 for packed ones (float32 if the native dtype is). Raises AdaptiveKVError for more than 16 rows.
     """
     rows, m, _ = q.shape
-    columns, v_dim, device, work, pdl = table.keys.shape[1], table.v_dim, q.device, table.work, _pdl(q.device)
+    columns, v_dim, device, work, pdl = table.keys.shape[1], table.v_dim, q.device, table.work, overlaps(q.device)
     if page_lse is None and mass is not None:
         page_lse = torch.empty(rows, columns, m, device=device)
     part, part_lse, _ = _split(q, table, scale, softcap, new, page_lse)
@@ -97,7 +97,7 @@ def _split(
     if m > ROWS:
         raise AdaptiveKVError(f"the decode kernel takes at most {ROWS} query rows per KV head, got {m}")
     columns, v_dim, device, launch, work = table.keys.shape[1], table.v_dim, q.device, table.launch, table.work
-    items, item, pdl = len(work.items), table.dtype.itemsize, _pdl(device)
+    items, item, pdl = len(work.items), table.dtype.itemsize, overlaps(device)
     arena = table.arena[: table.arena.numel() // UNIT * UNIT]
     native = arena.view(table.dtype)
     empty = functools.partial(torch.empty, device=device, dtype=torch.float32)
@@ -166,7 +166,7 @@ def even_work(heads: int, pages: int, code: int, together: int, device: torch.de
 
 
 @functools.lru_cache
-def _pdl(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before it still runs (Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -6,7 +6,6 @@ flight. The sum over the splits is left to the caller: torch.compile fuses it wi
 follows. Under TRITON_INTERPRET=1 (set before this module is imported) the kernel runs on CPU tensors.
 """
 
-import functools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.kernels.decode import overlaps
 
 ROWS = 16
 """Most rows of x; up to 8 are padded to 8 columns of a tensor-core product, more to 16."""
@@ -62,7 +62,7 @@ def skinny_products(x: Tensor, weights: Sequence[Tensor], config: Config, pdl: b
     total, split = sum(outs), config.split
     out = torch.empty((split, m, total), dtype=torch.float32 if split > 1 else x.dtype, device=x.device)
     first, second = outs[0], sum(outs[:2])
-    pdl = pdl and _pdl(x.device)
+    pdl = pdl and overlaps(x.device)
     skinny_kernel[total // config.block_n, split](
         x.contiguous(), *weights, *[weights[0]] * (WEIGHTS - len(weights)), out, m, first, second, total, inner,
         inner // split, BM=8 if m <= 8 else ROWS, BN=config.block_n, BK=config.block_k, STAGES=config.stages, PDL=pdl,
@@ -118,9 +118,3 @@ def skinny_kernel(
         acc = tl.dot(tl.load(weights + i), tl.load(rows + i), acc)
     out = out_ptr + (part * m + row)[None, :] * total + n[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row[None, :] < m)
-
-
-@functools.lru_cache
-def _pdl(device: torch.device) -> bool:
-    """Whether a kernel may be launched while the one before it still runs (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
