@@ -16,6 +16,7 @@ from rich.table import Table
 from adaptivekv.bench.cli import app as bench
 from adaptivekv.console import (
     Budget,
+    Compile,
     Device,
     Dtype,
     Haystack,
@@ -60,6 +61,7 @@ def generate(
     dtype: Dtype = "auto",
     selector: SelectorName = None,
     raw: Annotated[bool, typer.Option("--raw", help="no chat template")] = False,
+    compile_: Compile = False,
     json_: Json = False,
 ) -> None:
     """Answer a prompt or a question about a document within a device KV budget."""
@@ -85,7 +87,8 @@ def generate(
 
     chooser = RuleTable() if plan is not None else find_champion(selector)
     loaded = load(model, device, dtype)
-    talk = Session(loaded, Options(budget, quality, plan, chooser, seed=seed, goes_on=bool(session)))
+    options = Options(budget, quality, plan, chooser, seed=seed, goes_on=bool(session), compiled=compile_)
+    talk = Session(loaded, options)
     before = (talk.restore(folder, max_new_tokens) if folder else None) or []
     if question:
         if not before:
@@ -203,12 +206,14 @@ def serve(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    compile_: Compile = False,
     json_: Json = False,
 ) -> None:
     """Serve the OpenAI API on Ray Serve until Ctrl-C."""
     from adaptivekv.cluster.app import serve as run
 
     more = {"trajectories": trajectories, "epsilon": epsilon, "sample": sample, "shadow": shadow}
+    more["compile"] = compile_ or None
     build_args: dict[str, Any] = {key: value for key, value in more.items() if value is not None}
 
     if json_:

@@ -24,6 +24,9 @@ Budget = Annotated[str | None, typer.Option(help="device KV bytes: 64MiB, or a s
 Quality = Annotated[float, typer.Option(help="largest acceptable loss, nats per token")]
 PlanText = Annotated[str | None, typer.Option(help="a fixed plan such as 'snapkv(0.5) | k4v2'; none: it is chosen")]
 SelectorName = Annotated[str | None, typer.Option(help="champion, rules, or a folder with policy.npz")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="decode steps through torch.compile: a minute or more once, then faster (GPU)")
+]
 Seed = Annotated[int, typer.Option()]
 Tracking = Annotated[str | None, typer.Option(help="MLflow tracking URI; default sqlite:///mlflow.db")]
 Haystack = Annotated[Path | None, typer.Option(help="a UTF-8 text to build contexts from; default Moby-Dick")]

@@ -90,6 +90,7 @@ def test_session_goes_on_from_disk(tmp_path, monkeypatch):
         (["generate", "--prompt", "hi", "--selector", "nowhere"], "policy"),
         (["generate", "--prompt", "hi", "--selector", "corrupt"], "policy"),
         (["generate", "--prompt", "hi", "--session", "../x"], "session"),
+        (["generate", "--prompt", "hi", "--device", "cpu", "--compile"], "compile: the model is not on a GPU"),
         (["generate", "--prompt", "hi", "--temperature", "9"], "temperature"),
         (["generate", "--prompt-file", "long.txt"], "8192 positions"),
         (["evaluate", "--tasks", "niah_singel"], "niah_single"),

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import run_in_interpreter
 from models import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptivekv.attention import decode_step
+from adaptivekv.bench.decode import filled
 from adaptivekv.cache import AdaptiveCache
 from adaptivekv.graph import GraphDecoder, refused
 from adaptivekv.kernels.table import ABSENT, ROTATED, Launch, plan_work
@@ -130,6 +132,32 @@ def test_a_cpu_is_refused_with_the_reason():
 @pytest.mark.parametrize("plan", ["full", *PLANS])
 def test_graphs_equal_the_eager_path(plan):
     assert compare(plan, 12, device="cuda") < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8])
+def test_compiled_steps_equal_the_model(rows):
+    """Through two sealed pages and five statistics steps: products of our own, kernels that overlap, in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=128, vocab_size=8192,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    decoders = []
+    with torch.inference_mode():
+        for compiled in (False, True):
+            torch.manual_seed(1)
+            cache = filled(model, rows, 1000, "int4")
+            cache.end_prefill()
+            decoders.append(GraphDecoder(model, cache, compiled))
+        plain, compiled = decoders
+        for token in torch.randint(8192, (150, rows), device="cuda"):
+            want, got = plain.step(token).float(), compiled.step(token).float()
+            assert (got - want).norm() < 2e-2 * want.norm()
+        for decoder in decoders:
+            assert len(decoder.graphs) == 2
+            decoder.cache.pool.check_integrity()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ WAITING = 4  # jobs a worker takes at a time: one runs, the others start without
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 ARGS = (
     "model", "replicas", "budget", "quality", "selector", "tracking_uri", "api_key", "device", "dtype", "threads",
-    "sessions", "queue", "trajectories", "epsilon", "sample", "shadow", "plans",
+    "sessions", "queue", "trajectories", "epsilon", "sample", "shadow", "plans", "compile",
 )  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     queue: requests that may wait before others are refused with 429. trajectories: folder for decision logs.
     epsilon: chance that a decision explores. sample: chance that a request is kept, prompt and all, in
     trajectories/samples. shadow: a policy whose choices are logged and never obeyed. plans: those to choose
-    among, a list or separated by ";".
+    among, a list or separated by ";". compile: decode steps through torch.compile first (GPU only; the first answer
+    waits for it).
 
     Raises AdaptiveKVError for an unknown or impossible argument.
     """
@@ -81,6 +82,9 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         options["budget"] = parse_bytes(given["budget"])
     device, dtype = str(given.get("device", "auto")), str(given.get("dtype", "auto"))
     gpus = _gpus(device, dtype, replicas)
+    options["compiled"] = _yes(given, "compile")
+    if options["compiled"] and not gpus:
+        raise AdaptiveKVError("compile: decode steps are compiled on a GPU only; leave it out")
     model = absolute(str(given.get("model", DEFAULT)).strip())
     folder = absolute(str(given["trajectories"]), True) if "trajectories" in given else None
     worker = cast(Deployment, Worker).options(
@@ -310,6 +314,13 @@ def _chance(args: dict[str, Any], name: str) -> float:
     if not 0 <= value <= 1:
         raise AdaptiveKVError(f"{name}={args[name]!r}: a chance between 0 and 1")
     return value
+
+
+def _yes(args: dict[str, Any], name: str) -> bool:
+    value = str(args.get(name, False)).lower()
+    if value not in ("true", "false"):
+        raise AdaptiveKVError(f"{name}={args[name]!r}: true or false")
+    return value == "true"
 
 
 def absolute(name: str, always: bool = False) -> str:

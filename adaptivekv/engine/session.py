@@ -43,6 +43,7 @@ class Options:
     seed: int = 0
     goes_on: bool = True  # more turns may follow: what an eviction drops may still be asked for
     graphs: bool = True  # replay decode steps as CUDA graphs where that is possible
+    compiled: bool = False  # what is captured goes through torch.compile first: a minute once, then faster steps
 
 
 @dataclass
@@ -67,8 +68,11 @@ class Session:
         self.loaded, self.options = loaded, options or Options()
         self.tokens: list[int] = []  # whose keys and values the cache has seen
         self.cache = self._new_cache()
-        graphs = self.options.graphs and not refused(self.cache)
-        self.model = GraphDecoder(loaded.model, self.cache) if graphs else loaded.model
+        reason = refused(self.cache)
+        if self.options.compiled and reason:
+            raise AdaptiveKVError(f"compile: {reason}, so decode steps are not captured; leave it out")
+        captured = self.options.graphs and not reason
+        self.model = GraphDecoder(loaded.model, self.cache, self.options.compiled) if captured else loaded.model
         self.last: Answer | None = None
 
     def _new_cache(self) -> AdaptiveCache:
