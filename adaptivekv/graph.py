@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 
 EAGER = 8  # decode steps of a request before its graph is captured: a short answer does not pay for one
 WARM = 3  # steps before a capture: compilation, handles and workspaces
-COMPILE: dict[str, Any] = {
-    "max_autotune": True, "max_autotune_gemm_backends": "ATEN,TRITON", "max_autotune_report_choices_stats": False,
-    "coordinate_descent_tuning": True,
-}  # fmt: skip
-"""How the step of a single row is compiled: inductor then writes products as reductions, fused with what stands around
-them. For several rows the library's matrix kernels, or `kernels/skinny.py`, are faster (docs/kernels.md)."""
 
 
 def refused(cache: AdaptiveCache) -> str | None:
@@ -66,11 +60,10 @@ class GraphDecoder:
 
     def __init__(self, model: Any, cache: AdaptiveCache, compiled: bool = False):
         self.model, self.cache = model, cache
-        several = triton_module("skinnypass").compile_options(model) if compiled else None
-        self.forwards = [  # for several rows, for one
-            torch.compile(model.forward, dynamic=False, options=options) if compiled else model.forward
-            for options in (several, COMPILE)
-        ]
+        self.forward = model.forward
+        if compiled:
+            options = triton_module("skinnypass").compile_options(model)
+            self.forward = torch.compile(model.forward, dynamic=False, options=options)
         self.tables: StepTables | None = None
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.tokens = self.positions = torch.zeros(0, 1, dtype=torch.int64, device=cache.device)
@@ -177,7 +170,7 @@ class GraphDecoder:
         return graph, logits
 
     def _forward(self) -> Tensor:
-        out = self.forwards[len(self.tokens) == 1](
+        out = self.forward(
             input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip

@@ -154,7 +154,7 @@ def test_compiled_steps_equal_the_model(rows):
         plain, compiled = decoders
         for token in torch.randint(8192, (150, rows), device="cuda"):
             want, got = plain.step(token).float(), compiled.step(token).float()
-            assert (got - want).norm() < 2e-2 * want.norm()
+            assert (got - want).norm() < 4e-2 * want.norm()  # rounding: 2e-2; a stale tile of 128 outputs: 1e-1 or more
         for decoder in decoders:
             assert len(decoder.graphs) == 2
             decoder.cache.pool.check_integrity()

@@ -27,7 +27,7 @@ Choose = Callable[[torch.nn.Module, int, tuple[int, ...], int, torch.dtype, torc
 
 
 def compile_options(model: torch.nn.Module) -> dict[str, Any]:
-    """Options of torch.compile under which a step of several rows of this model takes the fastest products.
+    """Options of torch.compile under which a step of up to 16 rows of this model takes the fastest products.
 
     Inductor's own kernels then overlap, too, and independent ones share a launch: between products that no longer wait
     for each other they are what is left (docs/kernels.md).
