@@ -30,7 +30,8 @@ TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 Row = dict[str, Any]
 
 
-def table(rows: list[Row], out: Path) -> None:
+def table(rows: list[Row], out: Path, kept: Row | None = None) -> None:
+    """kept: an earlier ruler.json, whose rows stay where these lines have fewer prompts."""
     failed = [row for row in rows if "error" in row]
     rows = [row for row in rows if "error" not in row]
     found: dict[tuple[Any, ...], dict[tuple[Any, ...], Row]] = defaultdict(dict)
@@ -44,9 +45,17 @@ def table(rows: list[Row], out: Path) -> None:
         shared = {prompt: (mine[prompt], full[prompt]) for prompt in sorted(mine) if prompt in full}
         if shared:
             made.append({"model": model, "aware": aware, "length": length, "plan": plan} | _sum(shared))
-    facts: Row = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "transformers")}
+    kept = kept or {}
+    more = {_name(row): row["prompts"] for row in made}
+    made += [row for row in kept.get("rows", ()) if row["prompts"] > more.get(_name(row), 0)]
+    named = {_name(row): row for row in made}  # the later ones: those kept
+    made = [named[name] for name in sorted(named)]
+    facts: Row = {
+        key: sorted({row[key] for row in rows} | set(kept.get(key, ()))) for key in ("device", "torch", "transformers")
+    }
     lines = (Path(__file__).with_name("pareto.py").read_text()).splitlines()
-    facts |= {"command": [line.strip() for line in lines if line.startswith("    python -m")], "failed": len(failed)}
+    facts["command"] = [line.strip() for line in lines if line.startswith("    python -m")]
+    facts["failed"] = len(failed) + kept.get("failed", 0)
     out.mkdir(parents=True, exist_ok=True)
     (out / "ruler.json").write_text(_json(facts | {"rows": made}))
     fronts = _fronts(made)
@@ -55,6 +64,10 @@ def table(rows: list[Row], out: Path) -> None:
         for tier in ("all", "device"):
             _plot([row for row in made if row["model"] == model], tier, out / f"ruler-{model}-{tier}.png")
     _print(made, fronts)
+
+
+def _name(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("model", "aware", "length", "plan"))
 
 
 def _sum(shared: dict[Any, tuple[Row, Row]]) -> Row:

@@ -176,6 +176,18 @@ def read(path: Path) -> list[dict[str, Any]]:
         raise SystemExit(f"pareto: {path} is not a file of rows as `run` writes it ({error})") from None
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    """A ruler.json that `table` wrote."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if all(row.keys() >= {"model", "aware", "length", "plan", "prompts", "relative"} for row in content["rows"]):
+            return content
+        reason = "a row lacks a field"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise SystemExit(f"pareto: {path} is not a ruler.json that `table` wrote ({reason})")
+
+
 def _append(out: Path, row: dict[str, Any]) -> None:
     with out.open("a") as file:  # one write of one short line: whole, whoever else appends
         file.write(json.dumps(row) + "\n")
@@ -233,11 +245,12 @@ def main() -> None:
     shown = steps.add_parser("table")
     shown.add_argument("rows", type=Path, nargs="+")
     shown.add_argument("--out", type=Path, required=True)
+    shown.add_argument("--keep", type=Path, help="an earlier ruler.json: its rows stay where these have fewer prompts")
     args = parser.parse_args()
     if args.step == "run":
         run(args)
     else:
-        front.table([row for path in args.rows for row in read(path)], args.out)
+        front.table([row for path in args.rows for row in read(path)], args.out, args.keep and earlier(args.keep))
 
 
 if __name__ == "__main__":

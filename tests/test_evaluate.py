@@ -196,6 +196,10 @@ def test_replay_refuses(smol, read):
     for ids, new, message in (([], 4, "empty prompt"), ([5], 0, "new=0"), ([5] * 8192, 1, "8192 positions")):
         with pytest.raises(AdaptiveKVError, match=message):
             reference(smol, ids, new)
+    overflow = smol.model.lm_head.register_forward_hook(lambda module, args, logits: logits * torch.inf)
+    with pytest.raises(AdaptiveKVError, match=r"not numbers in torch\.float32"):
+        reference(smol, [5] * 8, 4)
+    overflow.remove()
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ def reference(
     cache.expect(len(ids) + len(question), new, facts)
     start = time.perf_counter()
     last = feed(loaded, cache, ids, 0)
+    if not last.isfinite().all():
+        raise AdaptiveKVError(f"model {loaded.name}: its logits are not numbers in {model.dtype}; use another dtype")
     if watch.recalls:
         recall(model, cache, torch.tensor([ids], device=loaded.device))
     made = Reference(loaded, cache, last, ids, question, new, [], total, time.perf_counter() - start)
