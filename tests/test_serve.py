@@ -288,6 +288,7 @@ def test_what_cannot_be_served_is_said_first(tmp_path: Path) -> None:
         ({"replicas": 0}, "replicas"),
         ({"budget": "lots"}, "budget 'lots'"),
         ({"device": "tpu"}, "unknown device"),
+        ({"quality": "good"}, "quality='good': nats per token"),
         ({"device": "cpu", "compile": True}, "compile: .* on a GPU only"),
         ({"compile": "yes"}, "compile='yes': true or false"),
         ({"trajectory": "x"}, "'trajectories'"),

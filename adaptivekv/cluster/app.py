@@ -17,20 +17,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-import torch
 from ray import serve as ray_serve
 from ray.serve import Deployment
 
+from adaptivekv.cluster import arguments
 from adaptivekv.cluster.deployments import Ingress, Worker, model_id
 from adaptivekv.cluster.workers import judged
 from adaptivekv.controller import DEFAULT_QUALITY
 from adaptivekv.embedded import DEFAULT, EMBEDDED, converted
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.formats import parse_bytes
-from adaptivekv.model import resolve_device, resolve_dtype
 from adaptivekv.paths import cache_root
 from adaptivekv.plan import Plan
-from adaptivekv.trainer import tracking
 from adaptivekv.trainer.registry import ALIAS, find_champion
 
 NAME = "adaptivekv"
@@ -62,12 +60,12 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(ARGS)}"
             raise AdaptiveKVError(f"argument {key!r}: unknown; {hint}")
     given = {key: value for key, value in args.items() if value is not None}
-    replicas, queue = _number(given, "replicas", 1, 1), _number(given, "queue", 32, 0)
-    threads = _number(given, "threads", max(1, (os.cpu_count() or 2) // 2 // replicas), 1)
+    replicas, queue = arguments.number(given, "replicas", 1, 1), arguments.number(given, "queue", 32, 0)
+    threads = arguments.number(given, "threads", max(1, (os.cpu_count() or 2) // 2 // replicas), 1)
     options: dict[str, Any] = {
-        "quality": float(given.get("quality", DEFAULT_QUALITY)),
-        "epsilon": _chance(given, "epsilon"),
-        "sample": _chance(given, "sample"),
+        "quality": arguments.quality(given),
+        "epsilon": arguments.chance(given, "epsilon"),
+        "sample": arguments.chance(given, "sample"),
     }
     if options["sample"] and "trajectories" not in given:
         raise AdaptiveKVError("sample: samples are kept beside the trajectories; name a folder with trajectories")
@@ -76,17 +74,15 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         options["plans"] = tuple(str(Plan.parse(name)) for name in names)
         if options["sample"]:
             judged(options["plans"], "sample")  # what no label can judge would count as a broken promise
-    if not 0 <= options["quality"] < float("inf"):
-        raise AdaptiveKVError(f"quality={options['quality']}: nats per token, 0 or more")
     if "budget" in given:
         options["budget"] = parse_bytes(given["budget"])
     device, dtype = str(given.get("device", "auto")), str(given.get("dtype", "auto"))
-    gpus = _gpus(device, dtype, replicas)
-    options["compiled"] = _yes(given, "compile")
+    gpus = arguments.gpus(device, dtype, replicas)
+    options["compiled"] = arguments.yes(given, "compile")
     if options["compiled"] and not gpus:
         raise AdaptiveKVError("compile: decode steps are compiled on a GPU only; leave it out")
-    model = absolute(str(given.get("model", DEFAULT)).strip())
-    folder = absolute(str(given["trajectories"]), True) if "trajectories" in given else None
+    model = arguments.absolute(str(given.get("model", DEFAULT)).strip())
+    folder = arguments.absolute(str(given["trajectories"]), True) if "trajectories" in given else None
     worker = cast(Deployment, Worker).options(
         num_replicas=replicas,
         max_ongoing_requests=WAITING,
@@ -96,11 +92,11 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         health_check_period_s=5,
         max_constructor_retry_count=1,
         user_config={
-            "selector": absolute(str(given.get("selector", ALIAS))),
-            "tracking_uri": tracking_of(given),
+            "selector": arguments.absolute(str(given.get("selector", ALIAS))),
+            "tracking_uri": arguments.tracking_of(given),
             "reloaded": str(Path(folder or cache_root()) / f".reload-{uuid.uuid4().hex}.json"),
         }
-        | ({"shadow": absolute(str(given["shadow"]))} if "shadow" in given else {}),
+        | ({"shadow": arguments.absolute(str(given["shadow"]))} if "shadow" in given else {}),
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": gpus,
@@ -109,7 +105,7 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
         },
         **({"request_router_config": {"request_router_class": ROUTER}} if replicas > 1 else {}),
     ).bind(
-        model, "cuda" if gpus else "cpu", dtype, threads, _number(given, "sessions", 4, 0),
+        model, "cuda" if gpus else "cpu", dtype, threads, arguments.number(given, "sessions", 4, 0),
         folder, **options,
     )  # fmt: skip
     ingress = cast(Deployment, Ingress).options(
@@ -285,51 +281,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _gpus(device: str, dtype: str, replicas: int) -> float:
-    """GPUs a worker asks Ray for: one, or the share that lets all replicas run; 0 on the CPU."""
-    if device.startswith("cuda:"):
-        raise AdaptiveKVError(f"device {device!r}: Ray gives out the GPUs; use cuda and CUDA_VISIBLE_DEVICES")
-    where = resolve_device(device)
-    resolve_dtype(dtype, where)
-    return min(1.0, torch.cuda.device_count() / replicas) if where.type == "cuda" else 0
-
-
-def _number(args: dict[str, Any], name: str, default: int, least: int) -> int:
-    try:
-        value = int(args.get(name, default))
-    except (TypeError, ValueError):
-        value = least - 1
-    if value < least:
-        raise AdaptiveKVError(f"{name}={args[name]!r}: a whole number, {least} or more")
-    return value
-
-
-def _chance(args: dict[str, Any], name: str) -> float:
-    try:
-        value = float(args.get(name, 0))
-    except (TypeError, ValueError):
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise AdaptiveKVError(f"{name}={args[name]!r}: a chance between 0 and 1")
-    return value
-
-
-def _yes(args: dict[str, Any], name: str) -> bool:
-    value = str(args.get(name, False)).lower()
-    if value not in ("true", "false"):
-        raise AdaptiveKVError(f"{name}={args[name]!r}: true or false")
-    return value == "true"
-
-
-def absolute(name: str, always: bool = False) -> str:
-    """Workers may stand in another folder than we do."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if always or path.exists() else name
-
-
-def tracking_of(args: dict[str, Any]) -> str:
-    where = tracking.uri(args.get("tracking_uri"))
-    file = tracking.database(where)
-    return f"sqlite:///{file}" if file else where

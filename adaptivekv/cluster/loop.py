@@ -17,7 +17,8 @@ import ray
 
 from adaptivekv.cluster import samples as sampling
 from adaptivekv.cluster import traffic
-from adaptivekv.cluster.app import absolute, running
+from adaptivekv.cluster.app import running
+from adaptivekv.cluster.arguments import absolute
 from adaptivekv.cluster.deployments import model_id
 from adaptivekv.cluster.labels import label, labellers
 from adaptivekv.cluster.monitor import Monitor

@@ -7,7 +7,8 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from adaptivekv.cluster.app import absolute, last_line, tracking_of
+from adaptivekv.cluster.app import last_line
+from adaptivekv.cluster.arguments import absolute, tracking_of
 from adaptivekv.errors import AdaptiveKVError
 
 URL = "http://127.0.0.1:8000"
