@@ -13,7 +13,7 @@ from adaptivekv.candidates import CANDIDATES
 from adaptivekv.decisions import Decision, Request
 from adaptivekv.errors import AdaptiveKVError, BudgetError
 from adaptivekv.features import schema
-from adaptivekv.features.probe import probe_features
+from adaptivekv.features.attention import prompt_features
 from adaptivekv.features.request import logit_features, request_features
 from adaptivekv.features.system import system_features
 from adaptivekv.memory.formats import BY_CODE, FORMATS, Format
@@ -103,7 +103,7 @@ class Controller:
         request.prefilling = False
         if self.fixed is None:
             start = time.perf_counter()
-            request.facts |= probe_features(request.sequence)
+            request.facts |= prompt_features(request.sequence)
             self.seconds += time.perf_counter() - start
         request.plan = self._decide(request, "prefill")
         if "recall" in request.plan.needs and "recall" not in request.sequence.credits:

@@ -27,7 +27,7 @@ LOSS_FLOOR = forest.FLOOR
 STRICT = 0.003  # nats: below this, which is the least that is certified, risks are not weighed while a plan is sure
 SURE = 0.1  # a plan whose chance of breaking the SLO is below this promises to keep it
 MAX_LEAVES = 8  # per tree: one bit each in a byte
-INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES) + len(schema.JOINT)  # a tree sees the state, the plan, and both
+INPUTS = len(schema.NAMES) + len(schema.PLAN_NAMES) + 1  # a tree sees the state, the plan, and the link time
 
 KEEP, K_BITS, V_BITS, DEVICE_SHARE, READ_SHARE = range(5)  # columns of a plan row
 PROMPT, GENERATED, LINK, QUALITY = (
@@ -135,12 +135,10 @@ class TreeSelector:
         seen = known >= 0
         x = np.zeros((len(plans), INPUTS))
         at, end = len(state), len(state) + plans.shape[1]
-        x[:, :at], x[:, at:end] = state, plans
+        x[:, :at], x[:, at:end], x[:, end] = state, plans, schema.link_time(state, plans)
         if self.forest and seen.all():
-            x[:, -1] = schema.link_time(state, plans)  # of what was probed the time does not depend
             loss, high, chance = self.forest.predict(state, known, slo(state))
             return Prediction(loss, high, 10.0 ** self.raw(x, STEP_MS)[:, 0], chance)
-        x[:, end:] = schema.joint(state, plans)
         raw = self.raw(x)
         raw[:, 1] += raw[:, 0]
         out = 10.0**raw

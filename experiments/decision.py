@@ -2,9 +2,9 @@
 
     python -m experiments.decision --tokens 2000 --out experiments/results/selector-cost.json
 
-A prompt of the book is answered under the champion. *Probe* is the features that are asked once, at the end of the
-prompt, against reading it, the quickest of three; *deciding* is all else the controller does, divided over the steps;
-*prediction* is the selector alone, for 32 plans, quickest and median of 2,000.
+A prompt of the book is answered under the champion. *Attention* is the features that are taken once, at the end of
+the prompt, against reading it, the quickest of three; *deciding* is all else the controller does, divided over the
+steps; *prediction* is the selector alone, for 32 plans, quickest and median of 2,000.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from adaptivekv import model
 from adaptivekv.controller import Controller
 from adaptivekv.features import schema
-from adaptivekv.features.probe import probe_features
+from adaptivekv.features.attention import prompt_features
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.selector import Selector
 from adaptivekv.trainer import registry, tasks
@@ -62,31 +62,30 @@ def predicted(selector: Selector, count: int = 32) -> dict[str, float]:
 
 
 def answered(loaded: Any, selector: Selector, tokens: int) -> dict[str, Any]:
-    """Times of one request, and the shares that deciding and probing take."""
+    """Times of one request, and the shares that deciding and the features of attention take."""
     ids = loaded.tokenizer(tasks.haystack()[: 8 * tokens], verbose=False).input_ids[:tokens]
     reference = replaying.reference(loaded, ids, NEW)
     (watched,) = reference.cache.requests
     took: list[float] = []
 
-    def probed(sequence: Sequence) -> dict[str, float]:
+    def timed(sequence: Sequence) -> dict[str, float]:
         begun = time.perf_counter()
-        found = probe_features(sequence)
+        found = prompt_features(sequence)
         took.append(time.perf_counter() - begun)
         return found
 
     for _ in range(2):
-        probed(watched.sequence)
-        watched.sequence.credits.clear()  # the next one foretells them again
+        timed(watched.sequence)
     controller = Controller(selector=selector, quality=0.03)
-    with mock.patch("adaptivekv.controller.probe_features", probed):
+    with mock.patch("adaptivekv.controller.prompt_features", timed):
         run = replaying.replay(reference, controller)
     reference.free()
-    per_step = (controller.seconds - took[-1]) / (NEW - 1)  # it probes once, when the prompt has ended
-    probe = min(took)
+    per_step = (controller.seconds - took[-1]) / (NEW - 1)
     return {
         "tokens": len(ids), "steps": NEW - 1, "decisions": len(run.decisions), "step_ms": run.step_ms,
         "deciding_us_per_step": 1e6 * per_step, "deciding_share_of_a_step": 1e3 * per_step / run.step_ms,
-        "prefill_s": reference.seconds, "probe_ms": 1e3 * probe, "probe_share_of_prefill": probe / reference.seconds,
+        "prefill_s": reference.seconds, "attention_ms": 1e3 * min(took),
+        "attention_share_of_prefill": min(took) / reference.seconds,
     }  # fmt: skip
 
 

@@ -20,8 +20,7 @@ from adaptivekv.trainer.train import learned
 STAGES = ("evict", "quantize", "offload")  # no candidate retrieves
 TEXT = ("digit_share", "punct_share", "upper_share", "distinct_share")
 BLANKED = {
-    "no attention, no probe": schema.ATTENTION + schema.PROBE + schema.KEYS,
-    "no probe": schema.PROBE,
+    "no attention": schema.ATTENTION + schema.KEYS,
     "no key statistics": schema.KEYS,
     "no text": TEXT,
     "no logits": schema.LOGITS,
@@ -136,7 +135,12 @@ def shuffled(rows: Rows, columns: Sequence[str] = schema.NAMES) -> Rows:
 def stale(study: Study, base: Played) -> dict[str, Any]:
     """Features of another request when choosing, though not when trained: more wrong than any old ones can be."""
     selectors = study.selectors()
-    groups = {"system": schema.SYSTEM, "probe": schema.PROBE + schema.KEYS, "logits": schema.LOGITS, "text": TEXT}
+    groups = {
+        "system": schema.SYSTEM,
+        "attention": schema.ATTENTION + schema.KEYS,
+        "logits": schema.LOGITS,
+        "text": TEXT,
+    }
     return {
         name: study.against(study.played(selectors, lambda rows, at=columns: shuffled(rows, at)), base)
         for name, columns in groups.items()

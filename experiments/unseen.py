@@ -27,8 +27,7 @@ from experiments.parts import blank
 
 WITHOUT = {
     "all features": (),
-    "no probe": schema.PROBE,
-    "no attention, no probe": schema.ATTENTION + schema.PROBE + schema.KEYS,
+    "no attention": schema.ATTENTION + schema.KEYS,
     "nothing but the plan": schema.NAMES,
 }
 

@@ -182,9 +182,7 @@ def test_tuned_gives_bits_to_the_layers_whose_attention_suffers_most():
                 )
                 wrong, total = wrong + float((out - other).square().sum()), total + float(out.square().sum())
         want.append(wrong / total)
-        assert distortion(sequence, layer, select[layer], stage.formats[-1:], 32)[0] == pytest.approx(
-            want[-1], rel=1e-3
-        )
+        assert distortion(sequence, layer, select[layer], stage.formats[1], 32) == pytest.approx(want[-1], rel=1e-3)
     stage.apply(sequence)
     worst = sorted(np.argsort(want)[-2:].tolist())
     assert 2 in worst

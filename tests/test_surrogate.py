@@ -18,8 +18,6 @@ from adaptivekv.cli import app
 from adaptivekv.controller import Controller
 from adaptivekv.engine.session import Options, Session
 from adaptivekv.errors import CacheFileError
-from adaptivekv.features import schema
-from adaptivekv.features.probe import probe_features
 from adaptivekv.layers import layer_shapes
 from adaptivekv.policies.eviction import surrogate
 from adaptivekv.policies.eviction.surrogate import SHIPPED, Surrogate, find, foretell
@@ -79,20 +77,6 @@ def test_what_a_head_has_lost_counts_as_the_mean():
                     lost += 1
             assert np.allclose(got[:, t - 64], (row.ravel() - mean) @ weight + bias, atol=1e-4)
         assert 0 < lost < 128 * shape.heads
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_the_probe_foretells_what_kvzap_would_lose(share):
-    small = Tiny()
-    found = probe_features(small.sequence)
-    keep = Plan.parse(f"kvzap({share}, window=64)").stage("evict").choose(small.sequence)
-    for layer, group in enumerate(schema.GROUPS):
-        used, _ = small.sequence.slots(layer)
-        kept = np.ones_like(used) if keep[layer] is None else keep[layer]
-        votes = small.weights(layer).mean((1, 2))[:, : used[0].size].numpy().reshape(used.shape)
-        lost = votes[used & ~kept].sum() / len(used)
-        assert found[f"foretold_{100 * share:.0f}_{group}"] == pytest.approx(lost, abs=2e-3)
-    assert found["foretold_25_early"] > found["foretold_75_early"]
 
 
 def test_calibrate_writes_what_the_cache_finds(smol, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from adaptivekv.controller import Controller
 from adaptivekv.decisions import Request as CacheRequest
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
-from adaptivekv.features.probe import probe_features
+from adaptivekv.features.attention import prompt_features
 from adaptivekv.features.request import text_features
 from adaptivekv.layers import layer_shapes
 from adaptivekv.memory.shapes import DEVICE
@@ -125,7 +125,7 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
     limited: CacheRequest = dataclasses.replace(
         watched,
         budget=int(request.budget * watched.full) if request.budget < 1 else None,
-        facts=watched.facts | text_features(prompt.text, prompt.ids) | probe_features(watched.sequence),
+        facts=watched.facts | text_features(prompt.text, prompt.ids) | prompt_features(watched.sequence),
     )
     values = Controller(quality=request.quality).features(limited)
     values.pop("log2_question", None)  # where a question begins within one message is not known when serving

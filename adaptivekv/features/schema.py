@@ -2,13 +2,12 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 
 import numpy as np
 
 from adaptivekv.errors import AdaptiveKVError
 
-VERSION = 6
+VERSION = 7
 
 REQUEST = (
     "log2_prompt",  # tokens of the prompt
@@ -27,17 +26,6 @@ REQUEST = (
 GROUPS = ("early", "mid", "late")  # thirds of the layers
 # of the page mass of the prompt's last queries
 ATTENTION = tuple(f"{what}_{group}" for what in ("sink", "recent", "entropy", "top") for group in GROUPS)
-KEPT = (0.25, 0.5, 0.75)  # shares of the slots whose loss is probed
-NARROWED = ("int4", "k4v2", "int2")  # and formats
-PROBE = tuple(
-    f"{what}_{group}"
-    for what in (
-        *(f"lost_{100 * kept:.0f}" for kept in KEPT),
-        *(f"foretold_{100 * kept:.0f}" for kept in KEPT),
-        *(f"error_{name}" for name in NARROWED),
-    )
-    for group in GROUPS
-)
 KEYS = tuple(f"{what}_{group}" for what in ("spread", "norms") for group in GROUPS)
 LOGITS = ("logit_entropy", "logit_margin")
 SYSTEM = (
@@ -45,7 +33,7 @@ SYSTEM = (
     "host_room",  # host bytes that it may use, what it holds there included / full bytes
     "log10_link",  # GB/s between host and device
 )
-NAMES: tuple[str, ...] = REQUEST + ATTENTION + PROBE + KEYS + LOGITS + SYSTEM
+NAMES: tuple[str, ...] = REQUEST + ATTENTION + KEYS + LOGITS + SYSTEM
 
 PLAN_NAMES: tuple[str, ...] = (
     "keep",  # share of tokens kept
@@ -61,30 +49,13 @@ PLAN_NAMES: tuple[str, ...] = (
     "log2_recent",  # log2(1 + recent tokens that lose no bits)
 )
 
-JOINT: tuple[str, ...] = ("lost", "lost_worst", "error", "error_worst", "log10_link_time")
-"""What the probe says of a plan: attention its eviction would lose, squared error its bits would make; mean over the
-groups of layers, and the worst of them. And log10(1 + x) of the time x that a step takes to read over the link what
-the plan leaves on the host, no more than finds room there: in tokens of the full cache at 1 GB/s. Made from the two
-rows, so trajectories do not hold them."""
-
-
-def joint(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
-    """state [F] or [n, F] and plans [n, PF] to [n, JOINT], NaN where the state was not probed.
-
-    Between the probed shares and formats it is interpolated. For an eviction by a second reading the probe keeps what
-    that is expected to find, else what the last queries look at: the least that any other eviction could lose.
-    """
-    probed = state[..., _PROBE].reshape(*state.shape[:-1], 2 * len(KEPT) + len(NARROWED), len(GROUPS))
-    seen, foretold, errors = np.split(probed, (len(KEPT), 2 * len(KEPT)), axis=-2)
-    weights, all_lost, recalls = _weights(plans.tobytes(), plans.shape[1])
-    kept = np.where(recalls[:, None, None], foretold, seen)
-    lost = all_lost[:, None] + (weights[:, None, : len(KEPT)] @ kept)[:, 0]  # [n, groups]
-    error = (weights[:, None, len(KEPT) :] @ errors)[:, 0]
-    return np.stack([lost.mean(1), lost.max(1), error.mean(1), error.max(1), link_time(state, plans)], 1)
+LINK_TIME = "log10_link_time"
+"""What a tree sees beside the two rows; made from them, so trajectories do not hold it."""
 
 
 def link_time(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
-    """The last of `JOINT`, [n]."""
+    """state [F] or [n, F] and plans [n, PF] to [n]: log10(1 + x) of the time x that a step takes to read over the link
+    what the plan leaves on the host, no more than finds room there: in tokens of the full cache at 1 GB/s."""
     keep, k_bits, v_bits, device, read = plans.T[:5]
     prompt, room, link = (state[..., at] for at in _LINK)
     leaves = keep * np.minimum(k_bits + v_bits, 32) / 32 * (1 - device)  # of the full cache
@@ -92,23 +63,6 @@ def link_time(state: np.ndarray, plans: np.ndarray) -> np.ndarray:
 
 
 _LINK = tuple(NAMES.index(name) for name in ("log2_prompt", "host_room", "log10_link"))
-_BY_RECALL = PLAN_NAMES.index("by_recall")
-_PROBE = slice(NAMES.index(PROBE[0]), NAMES.index(PROBE[-1]) + 1)
-
-
-@lru_cache(maxsize=64)
-def _weights(plans: bytes, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each probed value weighs in a plan's, [n, KEPT + NARROWED], the share that is lost for certain, [n], and
-    whether it evicts by a second reading, bool [n]."""
-    columns = np.frombuffer(plans).reshape(-1, width).T
-    keep, k_bits, v_bits = columns[:3]
-    shares = np.eye(len(KEPT) + 2)  # kept nothing, the probed shares, everything
-    hats = np.stack([np.interp(keep, (0.0, *KEPT, 1.0), hat) for hat in shares], 1)
-    # a bit more halves a step, so the squared error falls fourfold; native values make none
-    int4 = np.interp(v_bits, (2, 4, 8, 16), (0, 1, 4.0**-4, 0))
-    narrow = np.interp(k_bits, (2, 4), (1, 0))  # of the keys, as int2 has them
-    k4v2 = np.interp(v_bits, (2, 4), (1, 0)) - narrow
-    return np.column_stack([hats[:, 1:-1], int4, k4v2, narrow]), hats[:, 0], columns[_BY_RECALL] > 0
 
 
 def row(values: Mapping[str, float], names: Sequence[str] = NAMES) -> np.ndarray:

@@ -15,10 +15,8 @@ from adaptivekv.memory.observed import logits
 from adaptivekv.memory.sequence import Sequence
 
 
-def distortion(
-    sequence: Sequence, layer: int, select: np.ndarray, formats: tuple[Format, ...], window: int
-) -> np.ndarray:
-    """How much the selected pages (bool [H, P]) in each of `formats` would change a layer's attention: [formats].
+def distortion(sequence: Sequence, layer: int, select: np.ndarray, fmt: Format, window: int) -> float:
+    """How much the selected pages (bool [H, P]) would change a layer's attention if they were in `fmt`.
 
     Squared error / squared output for the last `window` queries of the observation ring; without queries, of the keys
     and values themselves.
@@ -29,7 +27,7 @@ def distortion(
         queries = sequence.observed(layer)[:, -window:].float().unflatten(0, (heads, -1))  # [H, G, W, d]
     scores: Iterator[Tensor] = logits(sequence, layer, window) if queries is not None else iter(())
     tail = sequence.tail(layer)[1].float()
-    wrong, total = np.zeros(len(formats)), 1e-30
+    wrong, total = 0.0, 1e-30
     for head, chosen in enumerate(select):
         k, v = _head(sequence, layer, head)
         if queries is not None:
@@ -38,15 +36,15 @@ def distortion(
             total += float(out.square().sum())
         else:
             total += float(k.square().sum() + v.square().sum())
-        for i, fmt in enumerate(formats if chosen.any() else ()):
-            k_low, v_low = _narrowed(sequence, layer, head, chosen, fmt, k, v)
-            if queries is not None:
-                blurred = seen.clone()
-                blurred[..., : len(k)] += queries[head] @ (k_low - k).T * sequence.scaling
-                other = blurred.softmax(-1) @ torch.cat([v_low, tail[head]])
-                wrong[i] += float((other - out).square().sum())
-            else:
-                wrong[i] += float((k_low - k).square().sum() + (v_low - v).square().sum())
+        if not chosen.any():
+            continue
+        k_low, v_low = _narrowed(sequence, layer, head, chosen, fmt, k, v)
+        if queries is not None:
+            seen[..., : len(k)] += queries[head] @ (k_low - k).T * sequence.scaling
+            other = seen.softmax(-1) @ torch.cat([v_low, tail[head]])
+            wrong += float((other - out).square().sum())
+        else:
+            wrong += float((k_low - k).square().sum() + (v_low - v).square().sum())
     return wrong / total
 
 

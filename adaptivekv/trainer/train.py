@@ -104,8 +104,7 @@ def train(
 
 def inputs(rows: Rows) -> np.ndarray:
     """float64 [n, INPUTS]. The SLO is the caller's wish and no cause of loss, so the trees do not see it."""
-    both = schema.joint(rows.state, rows.plan_features)
-    x = np.concatenate([rows.state, rows.plan_features, both], axis=1)
+    x = np.column_stack([rows.state, rows.plan_features, schema.link_time(rows.state, rows.plan_features)])
     x[:, scoring.QUALITY] = np.nan
     return x
 
@@ -130,7 +129,7 @@ def fit(rows: Rows, seed: int) -> export.Models:
     def alone(x: np.ndarray) -> np.ndarray:
         """The same rows with the plan's own features only."""
         x = x.copy()
-        x[:, : len(schema.NAMES)] = x[:, -len(schema.JOINT) :] = 0.0
+        x[:, : len(schema.NAMES)] = x[:, -1] = 0.0
         return x
 
     def loss_models(x: np.ndarray, y: np.ndarray) -> list[Any]:
@@ -139,9 +138,7 @@ def fit(rows: Rows, seed: int) -> export.Models:
         return [plan, model(x, left, learning_rate=0.12, max_iter=REST_TREES, max_features=0.4)]
 
     x, lossy = inputs(rows), ~is_lossless(rows.plan_features)
-    timed = x.copy()
-    timed[:, -len(schema.JOINT) : -1] = 0.0  # a step's time has nothing to do with what was probed
-    time_model = model(timed, np.log10(rows.step_ms), learning_rate=0.2, max_iter=TIME_TREES, max_features=0.8)
+    time_model = model(x, np.log10(rows.step_ms), learning_rate=0.2, max_iter=TIME_TREES, max_features=0.8)
     x, y, request = x[lossy], np.log10(rows.loss + LOSS_FLOOR)[lossy], rows.request[lossy]
     folds = min(FOLDS, len(set(request)))
     if folds < 2:
@@ -233,6 +230,6 @@ def draw(
         plan, rest = losses
         some = {"n_repeats": 3, "random_state": seed, "max_samples": min(1.0, 2000 / len(y))}
         shuffled = permutation_importance(rest, x, y - plan.predict(x), scoring="neg_mean_squared_error", **some)
-        names = [*schema.NAMES, *schema.PLAN_NAMES, *schema.JOINT]
+        names = [*schema.NAMES, *schema.PLAN_NAMES, schema.LINK_TIME]
         made.append(plots.importance(names, shuffled.importances_mean, folder / "importance.png"))
     return made

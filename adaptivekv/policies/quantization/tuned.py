@@ -66,8 +66,7 @@ class Tuned(Mixed):
         if any((code == low).any() for code in codes):  # ranked before: the pages say how
             return np.array([bool((code == high).any()) for code in codes])
         shapes, wide = sequence.pool.layers, np.zeros(len(codes), bool)
-        low_only = self.formats[-1:]
-        error = np.array([distortion(sequence, i, pages, low_only, QUERIES)[0] for i, pages in enumerate(select)])
+        error = np.array([distortion(sequence, i, pages, self.formats[1], QUERIES) for i, pages in enumerate(select)])
         for shape in set(shapes):
             alike = np.array([i for i, s in enumerate(shapes) if s == shape])
             best = np.argsort(-error[alike], kind="stable")
