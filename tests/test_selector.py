@@ -114,7 +114,7 @@ def test_no_plan_evicts_by_queries_that_are_gone():
 def test_row_order_and_unknown_name():
     assert len(set(schema.NAMES)) == len(schema.NAMES) == 35
     got = schema.row({"turn": 2, "log2_prompt": 10})
-    assert got[schema.NAMES.index("turn")] == 2 and got[0] == 10 and np.isnan(got).sum() == 60
+    assert got[schema.NAMES.index("turn")] == 2 and got[0] == 10 and np.isnan(got).sum() == 33
     with pytest.raises(AdaptiveKVError, match=r"sink_erly.*did you mean 'sink_early'"):
         schema.row({"sink_erly": 1.0})
 
