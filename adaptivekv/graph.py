@@ -60,10 +60,10 @@ class GraphDecoder:
 
     def __init__(self, model: Any, cache: AdaptiveCache, compiled: bool = False):
         self.model, self.cache = model, cache
-        self.forward = model.forward
+        self.run = model.forward
         if compiled:
             options = triton_module("skinnypass").compile_options(model)
-            self.forward = torch.compile(model.forward, dynamic=False, options=options)
+            self.run = torch.compile(model.forward, dynamic=False, options=options)
         self.tables: StepTables | None = None
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.tokens = self.positions = torch.zeros(0, 1, dtype=torch.int64, device=cache.device)
@@ -170,7 +170,7 @@ class GraphDecoder:
         return graph, logits
 
     def _forward(self) -> Tensor:
-        out = self.forward(
+        out = self.run(
             input_ids=self.tokens, position_ids=self.positions, past_key_values=self.cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip

@@ -9,8 +9,6 @@ requests that keep an SLO in one and break it in the other. A study may hold row
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features.schema import NAMES
 from adaptivekv.selector import LOSS_FLOOR
 from adaptivekv.trainer import dataset, trajectories
+from experiments import output
 
 SLOS = (0.003, 0.01, 0.03, 0.1)  # nats per token
 
@@ -68,15 +67,11 @@ def main() -> None:
     parser.add_argument("second", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    output.check(args.out)
     tables = [trajectories.read(sorted(folder.rglob("*.parquet")) or [folder]) for folder in (args.first, args.second)]
     dataset.model(pa.concat_tables(tables))  # refuses rows of two models
     result = compare(*(dataset.rows(table) for table in tables))
-    command = shlex.join(["python", "-m", "experiments.again", *sys.argv[1:]])
-    out = json.dumps({"command": command} | result, indent=1) + "\n"
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(out)
-    sys.stdout.write(out)
+    output.emit("again", result, args.out)
 
 
 if __name__ == "__main__":

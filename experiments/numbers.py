@@ -147,9 +147,12 @@ def main() -> None:
         )
     except (OSError, ValueError) as error:
         raise SystemExit(f"numbers: {error}; run the commands of docs/selector.md first") from None
-    print(study(eight), ways(eight, cpu), sep="\n\n")
-    for name, d in (("8B", eight), ("CPU", cpu), ("8B, eight requests", batch)):
-        print(f"\n# {name} times\n", against(d), scenarios(d), elsewhere(d), pays(d), answers(d), sep="\n\n")
+    try:
+        print(study(eight), ways(eight, cpu), sep="\n\n")
+        for name, d in (("8B", eight), ("CPU", cpu), ("8B, eight requests", batch)):
+            print(f"\n# {name} times\n", against(d), scenarios(d), elsewhere(d), pays(d), answers(d), sep="\n\n")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SystemExit(f"numbers: {folder}: not what experiments.selector writes ({error!r}); make it anew") from None
 
 
 if __name__ == "__main__":

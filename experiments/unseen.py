@@ -10,8 +10,6 @@ beside them the error of the same trees when they were trained on the plan, too.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from adaptivekv.features import schema
 from adaptivekv.selector import LOSS_FLOOR, TreeSelector, is_lossless
 from adaptivekv.trainer import dataset, export, scoring
 from adaptivekv.trainer.train import fit, predict_rows
+from experiments import output
 from experiments.parts import blank
 
 WITHOUT = {
@@ -41,8 +40,7 @@ def main() -> None:
     sources = sorted(args.study.glob("*/trajectories"))
     if not sources:
         raise AdaptiveKVError(f"study {args.study}: no <scenario>/trajectories there")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+    output.check(args.out)
     rows = dataset.rows(dataset.load(sources))
     train, test = rows.of("train"), rows.of("test")
     plans = sorted(set(test.plan[~is_lossless(test.plan_features)]))
@@ -67,7 +65,6 @@ def main() -> None:
                 errors[name, seen][:, i] = np.abs(found)[order]
     base = errors["all features", False]
     result = {
-        "command": shlex.join(["python", "-m", "experiments.unseen", *sys.argv[1:]]),
         "requests": {"train": len(set(train.request)), "test": len(requests)},
         "plans": {p: {n: float(errors[n, False][:, i].mean()) for n in WITHOUT} for i, p in enumerate(plans)},
         "error": {
@@ -78,10 +75,7 @@ def main() -> None:
             for n in WITHOUT
         },
     }  # fmt: skip
-    out = json.dumps(result, indent=1) + "\n"
-    if args.out:
-        args.out.write_text(out)
-    sys.stdout.write(out)
+    output.emit("unseen", result, args.out)
 
 
 if __name__ == "__main__":

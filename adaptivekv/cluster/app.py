@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 import urllib.request
 import uuid
@@ -63,10 +64,10 @@ def build(args: dict[str, Any]) -> ray_serve.Application:
     replicas, queue = arguments.number(given, "replicas", 1, 1), arguments.number(given, "queue", 32, 0)
     threads = arguments.number(given, "threads", max(1, (os.cpu_count() or 2) // 2 // replicas), 1)
     options: dict[str, Any] = {
-        "quality": arguments.quality(given),
-        "epsilon": arguments.chance(given, "epsilon"),
-        "sample": arguments.chance(given, "sample"),
+        "quality": arguments.real(given, "quality", DEFAULT_QUALITY, sys.float_info.max, "nats per token, 0 or more")
     }
+    for name in ("epsilon", "sample"):
+        options[name] = arguments.real(given, name, 0.0, 1.0, "a chance between 0 and 1")
     if options["sample"] and "trajectories" not in given:
         raise AdaptiveKVError("sample: samples are kept beside the trajectories; name a folder with trajectories")
     if "plans" in given:

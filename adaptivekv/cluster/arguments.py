@@ -5,13 +5,11 @@ AdaptiveKVError, naming the argument, for what they cannot be.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adaptivekv.controller import DEFAULT_QUALITY
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.model import resolve_device, resolve_dtype
 from adaptivekv.trainer import tracking
@@ -36,23 +34,14 @@ def number(args: dict[str, Any], name: str, default: int, least: int) -> int:
     return value
 
 
-def chance(args: dict[str, Any], name: str) -> float:
+def real(args: dict[str, Any], name: str, default: float, most: float, what: str) -> float:
+    """From 0 to `most`; `what` that is."""
     try:
-        value = float(args.get(name, 0))
+        value = float(args.get(name, default))
     except (TypeError, ValueError):
         value = -1.0
-    if not 0 <= value <= 1:
-        raise AdaptiveKVError(f"{name}={args[name]!r}: a chance between 0 and 1")
-    return value
-
-
-def quality(args: dict[str, Any]) -> float:
-    try:
-        value = float(args.get("quality", DEFAULT_QUALITY))
-    except (TypeError, ValueError):
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise AdaptiveKVError(f"quality={args['quality']!r}: nats per token, 0 or more")
+    if not 0 <= value <= most:
+        raise AdaptiveKVError(f"{name}={args[name]!r}: {what}")
     return value
 
 
