@@ -95,5 +95,6 @@ def _weights(
 
 def _ms(product: Callable[[list[Tensor]], object], groups: list[list[Tensor]]) -> float:
     """Milliseconds of one product, weights read from memory: the groups in turn, replayed."""
+    torch.cuda.synchronize()  # the benchmark's stream does not wait for weights that are still being made
     ms = triton.testing.do_bench_cudagraph(lambda: [product(group) for group in groups], rep=4, return_mode="median")
     return float(ms) / len(groups)

@@ -74,12 +74,15 @@ def measure(
     for launch in CANDIDATES:
         try:
             times = [_time(device, k_dim, v_dim, rows, dtype, pairs, i, launch) for i in range(len(pairs))]
-        except Exception:  # a candidate that this device cannot run (shared memory, registers) is no candidate
+        except Exception as error:  # a candidate that this device cannot run (shared memory, registers) is no candidate
+            failure = error
             continue
         score = float(np.exp(np.mean(np.log([t for t, _ in times]))))
         if best is None or score < best[0]:
             best = score, times[0][1]
-    return best[1] if best else Launch()
+    if best is None:  # no launch to keep: the device has no room, or something broke it
+        raise failure
+    return best[1]
 
 
 def _time(
@@ -100,4 +103,5 @@ def _time(
 
     launch = occupancy(q, table(launch))
     ready = table(launch)
+    torch.cuda.synchronize(device)  # the benchmark's stream does not wait for what others, this one too, have yet to do
     return float(triton.testing.do_bench_cudagraph(lambda: attend_table(q, ready, k_dim**-0.5), rep=10)), launch
