@@ -10,7 +10,7 @@ from test_methods import METHODS, SHAPES, TOKENS, WINDOW, Tiny
 
 from adaptivekv import AdaptiveCache, Plan
 from adaptivekv.memory.integrity import check_sequence
-from adaptivekv.policies.eviction.budgets import dispersion, pyramid, weighted
+from adaptivekv.policies.eviction.budgets import across_layers, dispersion, pyramid, weighted
 
 SEALED = TOKENS // 64 * 64
 
@@ -103,6 +103,28 @@ def test_measured_layers_of_a_growing_request_share_as_they_do():
     after = [len(heads[0]) for heads in tiny.held()]
     assert sum(after) == 3 * stage.keep_slots(tiny.sequence)
     assert np.array_equal(np.argsort(after), np.argsort(before)) and after != [after[0]] * 3
+
+
+def test_adaptive_layers_take_the_best_of_all():
+    """KVzip as its authors describe it: one ranking of the slots of all layers and heads, but for what is protected."""
+    tiny, stage = Tiny(), Plan.parse("knorm(0.4, layers=adaptive)").stage("evict")
+    free = [
+        stage.score(tiny.sequence, layer).reshape(s.heads, -1)[:, 4 : TOKENS - 32] for layer, s in enumerate(SHAPES)
+    ]
+    protected = 4 + 32 - tiny.sequence.tail_len
+    room = sum((stage.keep_slots(tiny.sequence) - protected) * s.heads for s in SHAPES)
+    least = np.sort(np.concatenate([score.ravel() for score in free]))[-room]
+    want = [protected + (score >= least).sum() // len(score) for score in free]
+    assert stage.budgets(tiny.sequence) == want and len(set(want)) == len(want)
+
+
+def test_adaptive_layers_by_hand():
+    one, other = np.array([5.0, 1, 4, 0]), np.array([2.0, 3, -1, -2])
+    assert across_layers([one, other], [1, 1], [4, 4], 2) == [2, 2]
+    assert across_layers([one + 9, other], [1, 1], [4, 4], 2) == [4, 0]
+    assert across_layers([one - [0, 0, 0, 3], other], [2, 1], [2, 4], 2) == [1, 3]  # three are one and a half a head
+    assert across_layers([one, other], [1, 1], [4, 4], 0) == [0, 0]
+    assert across_layers([one, other[:1]], [1, 1], [4, 1], 3) == [4, 1]
 
 
 def test_duo_keeps_whole_heads():

@@ -215,8 +215,8 @@ def test_every_method_has_its_formula_tested():
 
 # -- what every method must do -----------------------------------------------------------------------------------------
 
-OPTIONS = ["", *(f", layers={x}" for x in ("pyramid", "measured")), ", heads=adaptive"]
-OPTIONS += [f", heads=adaptive, layers={x}" for x in ("pyramid", "measured")]
+OPTIONS = ["", *(f", layers={x}" for x in ("pyramid", "measured", "adaptive")), ", heads=adaptive"]
+OPTIONS += [f", heads=adaptive, layers={x}" for x in ("pyramid", "measured", "adaptive")]
 OWN = {name for name, stage in METHODS.items() if stage.HEADS == ("own",)}  # who gets what is theirs to decide
 SHARED = [name for name in METHODS if name not in OWN]
 MATRIX = [(name, options) for name in METHODS for options in OPTIONS if name in SHARED or not options]
@@ -238,7 +238,12 @@ def test_every_method(method, options):
         sequence.pool.check_integrity()
         check_sequence(sequence)
         held, budgets = tiny.held(), stage.budgets(sequence)
-        assert sum(budgets) == len(SHAPES) * (round(keep * TOKENS) - sequence.tail_len)
+        mean = round(keep * TOKENS) - sequence.tail_len
+        if stage.layers == "adaptive":  # slots are what is shared out, in whole numbers a head
+            slots, room = sum(n * s.heads for n, s in zip(budgets, SHAPES, strict=True)), sum(s.heads for s in SHAPES)
+            assert mean * room - sum(s.heads - 1 for s in SHAPES) <= slots <= mean * room
+        else:
+            assert sum(budgets) == len(SHAPES) * mean
         for layer, heads in enumerate(held):
             budget = max(budgets[layer], len(sure))
             counts = [len(head) for head in heads]
@@ -449,5 +454,5 @@ def test_only_what_differs_from_the_default_is_written(method):
     full = stage(0.5, heads=other, layers="pyramid")
     assert str(full) == f"{method}(0.5, heads={other}, layers=pyramid)"
     assert Plan.parse(str(full)).stage("evict") == full and dataclasses.replace(full, heads=stage.heads) != full
-    with pytest.raises(AdaptiveKVError, match="layers=3 must be uniform or pyramid or measured"):
+    with pytest.raises(AdaptiveKVError, match="layers=3 must be uniform or pyramid or measured or adaptive"):
         stage(0.5, layers=3)

@@ -12,7 +12,7 @@ from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.evict import evict
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, choice, protected, share, whole
-from adaptivekv.policies.eviction.budgets import across_heads, dispersion, pyramid, top, weighted
+from adaptivekv.policies.eviction.budgets import across_heads, across_layers, dispersion, pyramid, top, weighted
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Eviction(Stage):
     Two options change who keeps how much, not how much is kept, whatever the score: `heads=adaptive` (Ada-KV) lets
     the heads of a layer compete for their common budget; `layers=pyramid` (PyramidKV) gives early layers more,
     `layers=measured` (CAKE) those whose attention is spread out and shifts from query to query. That needs queries;
-    once they are gone, layers that grow share as they do by then.
+    once they are gone, layers that grow share as they do by then. `layers=adaptive` (KVzip) lets all layers compete.
     Heads of different lengths end in partly filled pages of their own, so up to one page a head comes on top.
     """
 
@@ -40,7 +40,7 @@ class Eviction(Stage):
     by: ClassVar[str] = "keys"  # what else than its needs says how it chooses
     formula: ClassVar[str] = "keep x tokens x native"
     HEADS: ClassVar[tuple[str, ...]] = ("uniform", "adaptive")
-    LAYERS: ClassVar[tuple[str, ...]] = ("uniform", "pyramid", "measured")
+    LAYERS: ClassVar[tuple[str, ...]] = ("uniform", "pyramid", "measured", "adaptive")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", share("keep", self.keep))
@@ -97,20 +97,30 @@ class Eviction(Stage):
     def budgets(self, sequence: Sequence) -> list[int]:
         """`keep_slots` of each layer."""
         mean, layers = self.keep_slots(sequence), range(len(sequence.ids))
-        if self.layers not in ("pyramid", "measured"):
+        if self.layers not in ("pyramid", "measured", "adaptive"):
             return [mean for _ in layers]
         sealed = np.arange(sequence.length - sequence.tail_len)
         # what no layer may lose is not shared out, as the paper's window is not
         fixed = min(mean, int(protected(sequence, sealed, self.sinks, self.window).sum()))
         if self.layers == "pyramid":
             shared = pyramid(mean - fixed, len(layers), len(sealed) - fixed)
+            return [fixed + n for n in shared]
+        held = [sequence.slots(layer)[0].sum((1, 2)) for layer in layers]
+        most = [h.mean() if self.heads == "adaptive" else h.max(initial=0) for h in held]
+        most = [max(0, math.ceil(n) - fixed) for n in most]
+        if self.layers == "adaptive":
+            shared = across_layers(
+                [self._free(sequence, layer, mean) for layer in layers], list(map(len, held)), most, mean - fixed
+            )
         else:
-            held = [sequence.slots(layer)[0].sum((1, 2)) for layer in layers]
-            most = [h.mean() if self.heads == "adaptive" else h.max(initial=0) for h in held]
-            most = [max(0, math.ceil(n) - fixed) for n in most]
             wants = [dispersion(sequence, layer, self.window) for layer in layers] if sequence.ring_fill else most
             shared = weighted(mean - fixed, wants, most)
         return [fixed + n for n in shared]
+
+    def _free(self, sequence: Sequence, layer: int, mean: int) -> np.ndarray:
+        """The worth of every slot of a layer that may go, [n]."""
+        used, pos = sequence.slots(layer)
+        return self.score_within(sequence, layer, mean)[used & ~protected(sequence, pos, self.sinks, self.window)]
 
     def features(self) -> dict[str, float]:
         needs = type(self).needs

@@ -1,4 +1,4 @@
-"""Who keeps how much: a budget shared among layers (PyramidKV, CAKE) or among the heads of a layer (Ada-KV)."""
+"""Who keeps how much: a budget shared among layers (PyramidKV, CAKE, KVzip) or the heads of a layer (Ada-KV)."""
 
 from __future__ import annotations
 
@@ -61,6 +61,20 @@ def weighted(mean: int, weights: Row[float], most: Row[int]) -> list[int]:
     first = np.argsort(down - budgets, kind="stable")  # what rounding down leaves goes to those that lost most by it
     down[first[: round(total - down.sum())]] += 1
     return down.astype(int).tolist()
+
+
+def across_layers(scores: Row[np.ndarray], heads: Row[int], most: Row[int], mean: int) -> list[int]:
+    """Budgets of a head in each layer where all slots compete for room for `mean` a head: the best are counted.
+
+    KVzip, https://arxiv.org/abs/2505.23416. scores: of what may go in each layer, [n]. Where all fits, each gets its
+    `most`; else a layer's count is rounded down to a whole number a head.
+    """
+    worth, total = np.concatenate(scores), mean * sum(heads)
+    if 0 < len(worth) <= total:
+        return list(most)
+    best = np.argsort(-worth, kind="stable")[:total]
+    owner = np.repeat(np.arange(len(scores)), [len(score) for score in scores])
+    return (np.bincount(owner[best], minlength=len(scores)) // heads).tolist()
 
 
 def top(key: np.ndarray, n: int) -> np.ndarray:

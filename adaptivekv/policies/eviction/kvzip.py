@@ -15,15 +15,16 @@ from adaptivekv.policies.eviction.base import Eviction
 class KVzip(Eviction):
     """A slot is worth the most attention that any token pays it while the prompt is repeated (`adaptivekv.recall`).
 
-    Heads share their layer's budget by default, as in the paper. The only score here that costs a second reading of the
-    prompt; like `kvzap`, it knows no question.
+    All layers and heads share one budget by default, as in the paper. The only score here that costs a second reading
+    of the prompt; like `kvzap`, it knows no question.
 
-    Differs from the paper: budgets are shared among the heads of a layer, not over all layers; attention is measured
-    against the whole cache, not against the repeated chunk alone; the repetition is not asked for in words (asking
-    changed nothing, docs/methods.md), so that a cache, which has no tokenizer, can do it.
+    Differs from the paper: a head's best fifth of its layer's share is safe (Ada-KV); attention is measured against the
+    whole cache, not against the repeated chunk alone; the repetition is not asked for in words (asking changed nothing,
+    docs/methods.md), so that a cache, which has no tokenizer, can do it.
     """
 
     heads: str = "adaptive"
+    layers: str = "adaptive"
 
     name: ClassVar[str] = "kvzip"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.23416"
