@@ -36,7 +36,6 @@ ROWS = 16
 
 _REGISTERS = 16384  # 32-bit registers of a multiprocessor's quarter, from Volta to Blackwell; a warp stays in one
 _MERGED = 32768  # elements of parts that a program of the merge holds in registers at once
-_SHALLOW = 2  # stages of the pipeline over 2-bit keys: with eight slices in registers a third spills
 _MEASURED = 64  # pages whose mass one program works out
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,9 +120,9 @@ def _split(
         scale if softcap is not None else scale * math.log2(math.e), softcap or 1.0, processors(device),
         M=m, DK=k_dim, DV=v_dim, PAIRS=tuple((k.bits, v.bits) for k, v in table.pairs), TYPE=_TYPES[table.dtype],
         BM=8 if m <= 8 else ROWS, PAGE=PAGE, SUBS=tuple(tiles.get(k.bits, 1) for k, _ in table.pairs), ITEM=item,
-        CAP=softcap is not None, STATS=page_lse is not None, CLEAN=table.clean,
-        STAGES=tuple(_SHALLOW if k.bits == 2 else launch.stages for k, _ in table.pairs),
-        GROUPS=work.claims.shape[-1] - 2, PDL=pdl, INTERPRET=_INTERPRETED, num_warps=launch.warps, launch_pdl=pdl,
+        CAP=softcap is not None, STATS=page_lse is not None, CLEAN=table.clean, STAGES=launch.stages,
+        GROUPS=work.claims.shape[-1] - 2, PDL=pdl,
+        INTERPRET=_INTERPRETED, num_warps=launch.warps, launch_pdl=pdl,
     )  # fmt: skip
     return part, part_lse, compiled
 

@@ -227,7 +227,7 @@ def split_kernel(
                         start, stop, tail, out_ptr + result * DV, lse_ptr + result, page_lse_ptr + row * columns * M,
                         scale, softcap, M, DK, DV, PAIRS[i][0], PAIRS[i][1], TYPE,
                         _tile(DK, PAIRS[i][0]), _tile(DV, PAIRS[i][1]), BM, PAGE, SUBS[i], ITEM, CAP, STATS, CLEAN,
-                        STAGES[i], INTERPRET,
+                        STAGES, INTERPRET,
                     )  # fmt: skip
         elif to >= 0:  # pages were chosen, and none of this run
             rows = tl.arange(0, BM)

@@ -110,14 +110,14 @@ class Eviction(Stage):
         most = [max(0, math.ceil(n) - fixed) for n in most]
         if self.layers == "adaptive":
             shared = across_layers(
-                [self._free(sequence, layer, mean) for layer in layers], list(map(len, held)), most, mean - fixed
+                [self._may_go(sequence, layer, mean) for layer in layers], list(map(len, held)), most, mean - fixed
             )
         else:
             wants = [dispersion(sequence, layer, self.window) for layer in layers] if sequence.ring_fill else most
             shared = weighted(mean - fixed, wants, most)
         return [fixed + n for n in shared]
 
-    def _free(self, sequence: Sequence, layer: int, mean: int) -> np.ndarray:
+    def _may_go(self, sequence: Sequence, layer: int, mean: int) -> np.ndarray:
         """The worth of every slot of a layer that may go, [n]."""
         used, pos = sequence.slots(layer)
         return self.score_within(sequence, layer, mean)[used & ~protected(sequence, pos, self.sinks, self.window)]
