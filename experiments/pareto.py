@@ -1,7 +1,7 @@
 """Quality against physical bytes: every plan over the task families of RULER, and the front they form.
 
     python -m experiments.pareto run ruler.jsonl --device cuda --jobs 14
-    python -m experiments.pareto table ruler.jsonl --out experiments/results
+    python -m experiments.pareto table ruler.jsonl [more.jsonl.xz] --out experiments/results
 
 `run` works through a queue of prompts, those that matter most first, and appends a line a plan: a run that was stopped
 goes on where it was, on any machine; lines of several files add up. `--lengths`, `--models`, `--samples` or `--plans`
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import os
 import platform
 import time
@@ -163,7 +164,8 @@ def _failed(error: Exception) -> dict[str, str]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        text = lzma.decompress(path.read_bytes()).decode() if path.suffix == ".xz" else path.read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no object")
@@ -172,7 +174,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             if lacking:
                 raise ValueError(f"line {number} lacks {', '.join(lacking)}")
         return rows
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, lzma.LZMAError) as error:
         raise SystemExit(f"pareto: {path} is not a file of rows as `run` writes it ({error})") from None
 
 

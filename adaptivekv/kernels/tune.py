@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +47,7 @@ def launch_for(
     file = cache_root() / "launches.json"
     if launch := _known(file).get(key):
         return launch
+    print(f"adaptivekv: measuring kernels on this {name}, this once (a minute or more) ...", file=sys.stderr, flush=True)
     launch = measure(device, k_dim, v_dim, rows, dtype, pairs)
     with contextlib.suppress(OSError):  # where it cannot be written it is measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
