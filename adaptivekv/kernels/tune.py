@@ -47,7 +47,7 @@ def launch_for(
     file = cache_root() / "launches.json"
     if launch := _known(file).get(key):
         return launch
-    print(f"adaptivekv: measuring kernels on this {name}, this once (a minute or more) ...", file=sys.stderr, flush=True)
+    print(f"adaptivekv: measuring kernels on {name}, this once (a minute or more) ...", file=sys.stderr, flush=True)
     launch = measure(device, k_dim, v_dim, rows, dtype, pairs)
     with contextlib.suppress(OSError):  # where it cannot be written it is measured again next time
         file.parent.mkdir(parents=True, exist_ok=True)
