@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptivekv.cluster.samples import Sample, labels_of, read
-from adaptivekv.cluster.workers import Worker, actors, judged, on_cpu, replayed, row
+from adaptivekv.cluster.workers import Worker, actors, judged, replayed, row
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.features import schema
 from adaptivekv.trainer import replay as replaying
@@ -82,7 +82,8 @@ class Labeller(Worker):
             try:
                 state = [math.nan if value is None else value for value in sample.features]
                 state[SESSION] = 0.0  # one turn is judged: a label that knows of no other says nothing of them
-                link = 10 ** state[LINK] if on_cpu(reference) and math.isfinite(state[LINK]) else None
+                cpu = self.loaded.device.type == "cpu"
+                link = 10 ** state[LINK] if cpu and math.isfinite(state[LINK]) else None
                 runs = [(plan, replaying.replay(reference, plan)) for plan in plans]
                 asked = _asked(sample, new)
                 own = {"session_id": sample.session, "label_prob": sample.prob, "model": reference.cache.mark}

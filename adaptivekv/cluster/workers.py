@@ -87,35 +87,37 @@ class ReplayWorker(Worker):
             return fault
         try:
             prompt = workload.write(request, self.loaded.tokenizer)
-            new = min(request.new, self.new_tokens)
-            reference = replaying.reference(
-                self.loaded, prompt.ids, new, stop=True, plans=self.plans, follow=prompt.follow
-            )
-            try:
-                state = schema.row(features(request, prompt, reference)).tolist()
-                link = request.link if on_cpu(reference) else None
-                free = new if request.split == "test" and prompt.answers else 0  # an own answer doubles the work
-                full = replaying.replay(reference, "full", text=free)
-                limits = room(request, full.device_bytes)
-                host = int(limits["host_room"])
-                runs = [
-                    (plan, full if plan == "full" else replaying.replay(reference, plan, text=free, host=host))
-                    for plan in self.plans
-                ]
-                tokens = len(reference.tokens)
-                return [
-                    row(request, state, self.plans, plan, run, tokens, link) | limits
-                    | {"label_right": None if run.text is None else tasks.score(prompt.answers, run.text)}
-                    | {"model": reference.cache.mark}
-                    for plan, run in runs
-                ]  # fmt: skip
-            finally:
-                reference.free()
+            return self.labelled(request, prompt, drawn=self.loaded.device.type == "cpu")
         except AdaptiveKVError as error:
             return str(error)
 
+    def labelled(self, request: Request, prompt: Prompt, drawn: bool) -> list[dict[str, Any]]:
+        """The rows of a request whose prompt is written. drawn: over the link it was drawn with, not a real one."""
+        new = min(request.new, self.new_tokens)
+        reference = replaying.reference(self.loaded, prompt.ids, new, stop=True, plans=self.plans, follow=prompt.follow)
+        try:
+            state = schema.row(features(request, prompt, reference, drawn)).tolist()
+            link = request.link if drawn else None
+            free = new if request.split == "test" and prompt.answers else 0  # an own answer doubles the work
+            full = replaying.replay(reference, "full", text=free)
+            limits = room(request, full.device_bytes)
+            host = int(limits["host_room"])
+            runs = [
+                (plan, full if plan == "full" else replaying.replay(reference, plan, text=free, host=host))
+                for plan in self.plans
+            ]
+            tokens = len(reference.tokens)
+            return [
+                row(request, state, self.plans, plan, run, tokens, link) | limits
+                | {"label_right": None if run.text is None else tasks.score(prompt.answers, run.text)}
+                | {"model": reference.cache.mark}
+                for plan, run in runs
+            ]  # fmt: skip
+        finally:
+            reference.free()
 
-def features(request: Request, prompt: Prompt, reference: replaying.Reference) -> dict[str, float]:
+
+def features(request: Request, prompt: Prompt, reference: replaying.Reference, drawn: bool) -> dict[str, float]:
     """What a controller would see at the end of this prompt, under the budget and company the request was drawn with.
 
     The reference holds everything on the device, so the system features are computed: a controller's own bytes end at
@@ -130,7 +132,7 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
     values = Controller(quality=request.quality).features(limited)
     values.pop("log2_question", None)  # where a question begins within one message is not known when serving
     values["session"] = float(request.turns > 1)
-    if on_cpu(reference):
+    if drawn:
         values["log10_link"] = math.log10(request.link)
     used = watched.sequence.bytes(DEVICE) + watched.sequence.pool.staging_bytes
     longest = max(reference.cache.positions, watched.prompt + watched.new)
@@ -143,10 +145,6 @@ def features(request: Request, prompt: Prompt, reference: replaying.Reference) -
 def room(request: Request, full: int) -> dict[str, float]:
     """Bytes that the drawn budget, company and host leave for a request whose full cache takes `full`."""
     return {"device_room": request.budget * (1 - request.pressure) * full, "host_room": request.host * full}
-
-
-def on_cpu(reference: replaying.Reference) -> bool:
-    return reference.loaded.device.type == "cpu"
 
 
 def row(

@@ -1,0 +1,201 @@
+"""The study's labels from a GPU host that has neither documents nor Ray: many processes a GPU, prompts written here.
+
+    python -m experiments.away jobs experiments/data/study jobs.jsonl.xz --per 300     # requests it lacks, or --again
+    python -m experiments.away run jobs.jsonl.xz lines --seconds 1500 --processes 15   # there
+    python -m experiments.away merge experiments/data/study lines                      # here
+
+15 processes share an H100 best under NVIDIA's multi-process service. `run` adds lines to a folder, a file a process,
+and is stopped at any time. `merge` gives rows the step times of one idle core; of requests that the study has, rows of
+the same plans are replaced, and rows of plans that nobody is asked about any more are dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import lzma
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from adaptivekv import model
+from adaptivekv.cluster.workers import ReplayWorker, judged
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.trainer import trajectories, workload
+from adaptivekv.trainer.writing import Prompt
+from experiments import cputimes
+from experiments.champion import SCENARIOS
+
+MAX_TOKENS, NEW_TOKENS = 4096, 256
+TIMES = Path("experiments/results/step-times-cpu.json")
+
+
+def jobs(study: Path, out: Path, per: int, again: bool) -> None:
+    """Requests with their prompts, scenario after scenario in turn, so that a run cut short has as many of each."""
+    tokenizer = model.load(device="cpu").tokenizer
+    queues = [again_of(study, name) if again else lacking(study, name, per) for name in SCENARIOS]
+    order = [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
+    with lzma.open(out, "wt") as file:
+        for request in order:
+            prompt = dataclasses.asdict(workload.write(request, tokenizer))
+            file.write(json.dumps({"request": dataclasses.asdict(request), "prompt": prompt}) + "\n")
+    print(f"{len(order)} requests")
+
+
+def numbers(study: Path, scenario: str) -> dict[str, set[int]]:
+    """By split, which of the requests that a scenario draws the study has."""
+    have: dict[str, set[int]] = defaultdict(set)
+    for name in set(trajectories.read(study / scenario / "trajectories")["request_id"].to_pylist()):
+        _, _, split, number = name.rsplit("-", 3)
+        have[split].add(int(number))
+    return have
+
+
+def drawn(scenario: str, split: str, count: int) -> list[workload.Request]:
+    return workload.draw(workload.load(scenario), count, 0, MAX_TOKENS, (split,))
+
+
+def again_of(study: Path, scenario: str) -> list[workload.Request]:
+    found = []
+    for split, have in numbers(study, scenario).items():
+        found += [request for i, request in enumerate(drawn(scenario, split, max(have) + 1)) if i in have]
+    return found
+
+
+def lacking(study: Path, scenario: str, per: int) -> list[workload.Request]:
+    """Of split certify and test in turn, from the study's first on, until it has `per` of each."""
+    queues = []
+    for split in ("certify", "test"):
+        have = numbers(study, scenario)[split]
+        every = drawn(scenario, split, min(have) + per + len(have))
+        fresh = [request for i, request in enumerate(every) if i > min(have) and i not in have]
+        queues.append(fresh[: max(0, per - len(have))])
+    return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
+
+
+def work(number: int, file: Path, device: str, out: Path, at: Any, until: float) -> None:
+    torch.set_num_threads(1)
+    with lzma.open(file, "rt") as lines:
+        queue = list(lines)
+    worker = ReplayWorker(None, judged(None, "collect"), NEW_TOKENS)
+    worker.loaded = model.load(None, device, "float32" if device == "cpu" else "float16")
+    with (out / f"{number:03d}.jsonl").open("a") as done:
+        while time.time() < until:
+            with at.get_lock():
+                i, at.value = at.value, at.value + 1
+            if i >= len(queue):
+                return
+            job = json.loads(queue[i])
+            request, prompt = workload.Request(**job["request"]), Prompt(**job["prompt"])
+            try:
+                rows = worker.labelled(request, prompt, drawn=True)  # links are drawn, as in the rest of the study
+            except AdaptiveKVError as error:
+                print(f"{request.id}: {error}", flush=True)
+                continue
+            for row in rows:
+                row["label_kl"] = [float(f"{loss:.4g}") for loss in row["label_kl"]]
+            done.write(json.dumps({"id": request.id, "rows": rows}) + "\n")
+            done.flush()
+
+
+def run(file: Path, out: Path, seconds: float, processes: int) -> None:
+    """processes: of each GPU, or in all where there is none. One that fails says why; the others go on."""
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    context, until = multiprocessing.get_context("spawn"), time.time() + seconds
+    at = context.Value("i", 0)
+    workers = [
+        context.Process(target=work, args=(i, file, devices[i % len(devices)], out, at, until))
+        for i in range(processes * len(devices))
+    ]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers) and time.time() < until:
+        time.sleep(min(10.0, max(0.1, until - time.time())))
+        print(f"{sum(1 for _ in lines(out))} done", flush=True)
+    for worker in workers:
+        worker.kill()  # what it has written stays
+
+
+def lines(folder: Path) -> Iterator[dict[str, Any]]:
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                print(f"{file.name}: a line was cut and is left out")
+
+
+def merge(study: Path, out: Path) -> None:
+    """Parts of the study stay, with new rows in place of old ones; new requests are a part of their own."""
+    steps, plans = cputimes.fit(TIMES), judged(None, "collect")
+    new: dict[str, dict[str, dict[str, Any]]] = {x["id"]: {row["plan"]: row for row in x["rows"]} for x in lines(out)}
+    if not new:
+        raise AdaptiveKVError(f"away: {out} has no lines; `run` writes them")
+    for scenario in SCENARIOS:
+        folder = study / scenario / "trajectories"
+        parts = {file: by_request(trajectories.read(file).to_pylist()) for file in sorted(folder.glob("*.parquet"))}
+        had = {name for requests in parts.values() for name in requests}
+        fresh = {name: rows for name, rows in new.items() if name not in had and named(rows) == scenario}
+        if fresh:
+            parts[folder / f"part-{len(parts):05d}.parquet"] = fresh
+        for file, requests in parts.items():
+            whole = {name: rows | new.get(name, {}) for name, rows in requests.items()}
+            left = {name: [rows[plan] for plan in plans] for name, rows in whole.items() if rows.keys() >= set(plans)}
+            chances = {"plans": list(plans), "allowed": [True] * len(plans), "probs": [1 / len(plans)] * len(plans)}
+            trajectories.write([row | chances for rows in left.values() for row in rows], file)
+            trajectories.write(cputimes.retimed(trajectories.read(file), steps), file)
+            print(
+                f"{scenario}, {file.name}: {len(left)} requests, {len(whole) - len(left)} lack a plan and are left out"
+            )
+
+
+def by_request(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        found[row["request_id"]][row["plan"]] = row
+    return found
+
+
+def named(rows: dict[str, dict[str, Any]]) -> str:
+    return str(next(iter(rows.values()))["scenario"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("jobs")
+    one.add_argument("study", type=Path)
+    one.add_argument("out", type=Path)
+    one.add_argument("--per", type=int, default=300, help="certify and test requests a scenario")
+    one.add_argument("--again", action="store_true", help="those that the study has instead, for other plans")
+    two = verbs.add_parser("run")
+    two.add_argument("jobs", type=Path)
+    two.add_argument("out", type=Path)
+    two.add_argument("--seconds", type=float, required=True)
+    two.add_argument("--processes", type=int, default=1, help="of each GPU, or in all")
+    three = verbs.add_parser("merge")
+    three.add_argument("study", type=Path)
+    three.add_argument("out", type=Path)
+    args = parser.parse_args()
+    try:
+        if args.verb == "jobs":
+            jobs(args.study, args.out, args.per, args.again)
+        elif args.verb == "run":
+            run(args.jobs, args.out, args.seconds, args.processes)
+        else:
+            merge(args.study, args.out)
+    except (AdaptiveKVError, OSError) as error:
+        raise SystemExit(f"away: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

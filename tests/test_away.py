@@ -1,0 +1,49 @@
+"""Lines that were collected on another host, in the study."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.trainer import trajectories
+from experiments import away
+
+DATA = Path(__file__).parents[1] / "experiments" / "data" / "again" / "trajectories"
+PLAN = "kvzap(0.2) | k4v2(window=0) | offload(0.05)"
+
+
+def test_merge_replaces_adds_and_drops(tmp_path, monkeypatch):
+    """A plan that was replayed anew, a request that the study lacks, one that lacks a plan, a line that was cut."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    edge = away.by_request([row for row in trajectories.read(DATA).to_pylist() if row["scenario"] == "edge"])
+    first, second, third = list(edge)[:3]
+    folder = tmp_path / "study" / "edge" / "trajectories"
+    old = [row for name in (first, second) for plan, row in edge[name].items() if (name, plan) != (second, PLAN)]
+    trajectories.write(old, folder / "part-00000.parquet")
+    anew = edge[first][PLAN] | {"label_loss": 7.0}
+    lines = [{"id": first, "rows": [anew]}, {"id": third, "rows": list(edge[third].values())}]
+    (tmp_path / "lines").mkdir()
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "lines" / "000.jsonl").write_text(text + '\n{"id": "edge-0-')
+    away.merge(tmp_path / "study", tmp_path / "lines")
+    kept, added = (away.by_request(trajectories.read(file).to_pylist()) for file in sorted(folder.glob("*.parquet")))
+    assert list(kept) == [first] and list(added) == [third]
+    for requests in (kept, added):
+        for name, rows in requests.items():
+            assert rows.keys() == edge[name].keys() == set(rows[PLAN]["plans"])
+            losses = {plan: row["label_loss"] for plan, row in rows.items()}
+            want = {plan: row["label_loss"] for plan, row in edge[name].items()}
+            assert losses == want | ({PLAN: 7.0} if name == first else {})
+    with pytest.raises(AdaptiveKVError, match="has no lines"):
+        away.merge(tmp_path / "study", tmp_path / "none")
+
+
+def test_requests_that_the_study_lacks_come_after_those_it_has(tmp_path):
+    rows = [row for row in trajectories.read(DATA).to_pylist() if row["plan"] == "full"]
+    ids = {"edge-0-certify-00003", "edge-0-certify-00005", "edge-0-test-00002"}
+    made = [row | {"request_id": name} for name in sorted(ids) for row in rows[:1]]
+    trajectories.write(made, tmp_path / "edge" / "trajectories" / "part-00000.parquet")
+    fresh = [request.id for request in away.lacking(tmp_path, "edge", 3)]
+    assert fresh == ["edge-0-certify-00004", "edge-0-test-00003", "edge-0-test-00004"]
+    assert {request.id for request in away.again_of(tmp_path, "edge")} == ids
