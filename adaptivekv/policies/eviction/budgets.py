@@ -70,11 +70,14 @@ def across_layers(scores: Row[np.ndarray], heads: Row[int], most: Row[int], mean
     `most`; else a layer's count is rounded down to a whole number a head.
     """
     worth, total = np.concatenate(scores), mean * sum(heads)
-    if 0 < len(worth) <= total:
+    if not total or not len(worth):
+        return [0] * len(scores)
+    if len(worth) <= total:
         return list(most)
-    best = np.argsort(-worth, kind="stable")[:total]
-    owner = np.repeat(np.arange(len(scores)), [len(score) for score in scores])
-    return (np.bincount(owner[best], minlength=len(scores)) // heads).tolist()
+    least = np.partition(worth, -total)[-total]  # a prompt has millions: no sorting
+    counts, ties = (np.array([test(score, least).sum() for score in scores]) for test in (np.greater, np.equal))
+    counts += np.diff(np.minimum(np.cumsum(ties), total - counts.sum()), prepend=0)  # in the order of layers
+    return (counts // heads).tolist()
 
 
 def top(key: np.ndarray, n: int) -> np.ndarray:
