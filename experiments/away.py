@@ -107,6 +107,13 @@ def work(number: int, file: Path, device: str, out: Path, at: Any, until: float)
 
 def run(file: Path, out: Path, seconds: float, processes: int) -> None:
     """processes: of each GPU, or in all where there is none. One that fails says why; the others go on."""
+    try:
+        with lzma.open(file, "rt") as queue:
+            known = "request" in json.loads(queue.readline() or "{}")
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+        raise AdaptiveKVError(f"{file} cannot be read ({error}); `jobs` writes it") from None
+    if not known:
+        raise AdaptiveKVError(f"{file} holds no requests; `jobs` writes them")
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
@@ -139,7 +146,7 @@ def merge(study: Path, out: Path) -> None:
     steps, plans = cputimes.fit(TIMES), judged(None, "collect")
     new: dict[str, dict[str, dict[str, Any]]] = {x["id"]: {row["plan"]: row for row in x["rows"]} for x in lines(out)}
     if not new:
-        raise AdaptiveKVError(f"away: {out} has no lines; `run` writes them")
+        raise AdaptiveKVError(f"{out} has no lines; `run` writes them")
     for scenario in SCENARIOS:
         folder = study / scenario / "trajectories"
         parts = {file: by_request(trajectories.read(file).to_pylist()) for file in sorted(folder.glob("*.parquet"))}
