@@ -4,9 +4,9 @@
     python -m experiments.away run jobs.jsonl.xz lines --seconds 1500 --processes 15   # there
     python -m experiments.away merge experiments/data/study lines                      # here
 
-15 processes share an H100 best under NVIDIA's multi-process service. `run` adds lines to a folder, a file a process,
-and is stopped at any time. `merge` gives rows the step times of one idle core; of requests that the study has, rows of
-the same plans are replaced, and rows of plans that nobody is asked about any more are dropped.
+15 processes share an H100 best under NVIDIA's multi-process service. `run` adds lines to a folder, a file a process; it
+may be stopped at any time, and goes on where it was. `merge` gives rows the step times of one idle core; of requests
+that the study has, rows of the same plans are replaced, and rows of plans that nobody is asked about any more go.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import multiprocessing
 
@@ -80,13 +81,13 @@ def lacking(study: Path, scenario: str, per: int) -> list[workload.Request]:
     return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
 
 
-def work(number: int, file: Path, device: str, out: Path, at: Any, until: float) -> None:
+def work(file: Path, device: str, out: Path, had: set[str], at: Any, until: float) -> None:
     torch.set_num_threads(1)
     with lzma.open(file, "rt") as lines:
-        queue = list(lines)
+        queue = [line for line in lines if json.loads(line)["request"]["id"] not in had]
     worker = ReplayWorker(None, judged(None, "collect"), NEW_TOKENS)
     worker.loaded = model.load(None, device, "float32" if device == "cpu" else "float16")
-    with (out / f"{number:03d}.jsonl").open("a") as done:
+    with (out / f"{os.getpid()}-{time.time_ns()}.jsonl").open("x") as done:  # never behind a line that was cut
         while time.time() < until:
             with at.get_lock():
                 i, at.value = at.value, at.value + 1
@@ -118,9 +119,9 @@ def run(file: Path, out: Path, seconds: float, processes: int) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     context, until = multiprocessing.get_context("spawn"), time.time() + seconds
-    at = context.Value("i", 0)
+    at, had = context.Value("i", 0), {line["id"] for line in lines(out)}
     workers = [
-        context.Process(target=work, args=(i, file, devices[i % len(devices)], out, at, until))
+        context.Process(target=work, args=(file, devices[i % len(devices)], out, had, at, until))
         for i in range(processes * len(devices))
     ]
     for worker in workers:
@@ -141,12 +142,17 @@ def lines(folder: Path) -> Iterator[dict[str, Any]]:
                 print(f"{file.name}: a line was cut and is left out")
 
 
-def merge(study: Path, out: Path) -> None:
-    """Parts of the study stay, with new rows in place of old ones; new requests are a part of their own."""
+def merge(study: Path, out: Path, drop: bool = False) -> None:
+    """Parts of the study stay, with new rows in place of old ones; new requests are a part of their own.
+
+    drop: leave out requests that lack a plan; without it they are an AdaptiveKVError, and nothing is written.
+    """
     steps, plans = cputimes.fit(TIMES), judged(None, "collect")
     new: dict[str, dict[str, dict[str, Any]]] = {x["id"]: {row["plan"]: row for row in x["rows"]} for x in lines(out)}
     if not new:
         raise AdaptiveKVError(f"{out} has no lines; `run` writes them")
+    made: dict[Path, list[list[dict[str, Any]]]] = {}
+    lacking = 0
     for scenario in SCENARIOS:
         folder = study / scenario / "trajectories"
         parts = {file: by_request(trajectories.read(file).to_pylist()) for file in sorted(folder.glob("*.parquet"))}
@@ -155,14 +161,17 @@ def merge(study: Path, out: Path) -> None:
         if fresh:
             parts[folder / f"part-{len(parts):05d}.parquet"] = fresh
         for file, requests in parts.items():
-            whole = {name: rows | new.get(name, {}) for name, rows in requests.items()}
-            left = {name: [rows[plan] for plan in plans] for name, rows in whole.items() if rows.keys() >= set(plans)}
-            chances = {"plans": list(plans), "allowed": [True] * len(plans), "probs": [1 / len(plans)] * len(plans)}
-            trajectories.write([row | chances for rows in left.values() for row in rows], file)
-            trajectories.write(cputimes.retimed(trajectories.read(file), steps), file)
-            print(
-                f"{scenario}, {file.name}: {len(left)} requests, {len(whole) - len(left)} lack a plan and are left out"
-            )
+            whole = [rows | new.get(name, {}) for name, rows in requests.items()]
+            made[file] = [[rows[plan] for plan in plans] for rows in whole if rows.keys() >= set(plans)]
+            lacking += len(whole) - len(made[file])
+    if lacking and not drop:
+        raise AdaptiveKVError(f"{lacking} requests lack a plan; collect them, or leave them out with --drop")
+    chances = {"plans": list(plans), "allowed": [True] * len(plans), "probs": [1 / len(plans)] * len(plans)}
+    for file, requests in made.items():
+        rows = [row | chances for request in requests for row in request]
+        table = pa.Table.from_pylist(rows, schema=trajectories.SCHEMA)
+        trajectories.write(cputimes.retimed(table, steps), file)
+        print(f"{file.relative_to(study)}: {len(requests)} requests")
 
 
 def by_request(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -192,6 +201,7 @@ def main() -> None:
     three = verbs.add_parser("merge")
     three.add_argument("study", type=Path)
     three.add_argument("out", type=Path)
+    three.add_argument("--drop", action="store_true", help="leave out requests that lack a plan")
     args = parser.parse_args()
     try:
         if args.verb == "jobs":
@@ -199,7 +209,7 @@ def main() -> None:
         elif args.verb == "run":
             run(args.jobs, args.out, args.seconds, args.processes)
         else:
-            merge(args.study, args.out)
+            merge(args.study, args.out, args.drop)
     except (AdaptiveKVError, OSError) as error:
         raise SystemExit(f"away: {error}") from None
 

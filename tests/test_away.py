@@ -26,7 +26,11 @@ def test_merge_replaces_adds_and_drops(tmp_path, monkeypatch):
     (tmp_path / "lines").mkdir()
     text = "\n".join(map(json.dumps, lines))
     (tmp_path / "lines" / "000.jsonl").write_text(text + '\n{"id": "edge-0-')
-    away.merge(tmp_path / "study", tmp_path / "lines")
+    before = (folder / "part-00000.parquet").read_bytes()
+    with pytest.raises(AdaptiveKVError, match="1 requests lack a plan"):
+        away.merge(tmp_path / "study", tmp_path / "lines")
+    assert [file.read_bytes() for file in folder.iterdir()] == [before]
+    away.merge(tmp_path / "study", tmp_path / "lines", drop=True)
     kept, added = (away.by_request(trajectories.read(file).to_pylist()) for file in sorted(folder.glob("*.parquet")))
     assert list(kept) == [first] and list(added) == [third]
     for requests in (kept, added):

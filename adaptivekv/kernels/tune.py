@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.testing
 
+from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels import splitkv
 from adaptivekv.kernels.codec import PAGE, Codec
 from adaptivekv.kernels.decode import attend_table, even_work, occupancy
@@ -82,8 +83,10 @@ def measure(
         score = float(np.exp(np.mean(np.log([t for t, _ in times]))))
         if best is None or score < best[0]:
             best = score, times[0][1]
-    if best is None:  # no launch to keep: the device has no room, or something broke it
-        raise failure
+    if best is None:  # nothing to keep: the device has no room, or something broke it
+        raise AdaptiveKVError(
+            f"{device}: no launch of the decode kernel runs ({failure}); ADAPTIVEKV_TUNE=0 takes one unmeasured"
+        ) from failure
     return best[1]
 
 

@@ -97,7 +97,7 @@ class Eviction(Stage):
     def budgets(self, sequence: Sequence) -> list[int]:
         """`keep_slots` of each layer."""
         mean, layers = self.keep_slots(sequence), range(len(sequence.ids))
-        if self.layers not in ("pyramid", "measured", "adaptive"):
+        if self.layers in ("uniform", "own"):
             return [mean for _ in layers]
         sealed = np.arange(sequence.length - sequence.tail_len)
         # what no layer may lose is not shared out, as the paper's window is not
