@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/adaptivekv demo $(if $(FILE),--file "$(FILE)")
 
 test: $(READY)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -80,6 +80,10 @@ class AdaptiveCache(Cache):
         if (mine := self.controller.fixed) and "surrogate" in mine.needs and not self.surrogate:
             raise AdaptiveKVError(f"plan {mine}: needs {NEEDS['surrogate']}, and there is none")
         self.dtype, self.device = kv_dtype or model.dtype, model.device
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():  # where Triton launches
+            raise AdaptiveKVError(
+                f"the model is on {self.device}: call torch.cuda.set_device({str(self.device)!r}) first"
+            )
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0
         self.pool, self.shared = pool, pool is not None
         self.requests: list[Request] = []

@@ -48,6 +48,8 @@ def load(model: str | None = None, device: str = "auto", dtype: str = "auto") ->
         except Exception as error:  # transformers raises almost anything here, from OSError to KeyError
             fix = f"; delete {folder} and try again" if name in EMBEDDED else "" if folder else _hint(name)
             raise AdaptiveKVError(f"cannot load model {name!r}: {line(error)}{fix}") from error
+    if where.index is not None and where.type == "cuda":
+        torch.cuda.set_device(where)  # Triton launches on the process's current GPU, wherever its arguments lie
     try:
         net = net.to(where).eval()
     except torch.cuda.OutOfMemoryError as error:

@@ -266,6 +266,26 @@ def test_ragged_heads_from_per_head_eviction():
     cache.pool.check_integrity()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_first():
+    """Triton launches on the current one."""
+    model = tiny().to("cuda:1")
+    with pytest.raises(AdaptiveKVError, match=r"on cuda:1: call torch.cuda.set_device\('cuda:1'\) first"):
+        AdaptiveCache(model)
+    try:
+        torch.cuda.set_device("cuda:1")
+        cache = AdaptiveCache(model, plan="streaming(0.5) | int4")
+        ids, mask = left_padded(2, 150, [0, 9])
+        out = model.generate(
+            ids.to("cuda:1"), attention_mask=mask.to("cuda:1"), past_key_values=cache, max_new_tokens=5, do_sample=False
+        )
+        assert out.shape == (2, 155)
+        assert all(sequence.bytes() for sequence in cache.sequences)
+    finally:
+        torch.cuda.set_device(0)
+
+
 @torch.no_grad()
 def test_embedded_model_with_full_plan_equals_dynamic_cache(smol):
     """float32, a prompt in chunks, a second turn and single tokens, over several sealed pages."""

@@ -30,13 +30,13 @@ SURROGATE = random_surrogate(SHAPES)
 class Tiny:
     """A sequence of random tokens, and the same keys, values and queries beside it, as plain tensors."""
 
-    def __init__(self):
+    def __init__(self, tokens: int = TOKENS):
         pool = PagePool(SHAPES, torch.float32, "cpu", 2_000_000, 0, staging_bytes=30_000)
         self.sequence = Sequence(pool, WINDOW)
         self.sequence.scaling = SCALE
         self.generator = torch.Generator().manual_seed(0)
         pool.surrogate = SURROGATE
-        self.feed(TOKENS)
+        self.feed(tokens)
 
     def feed(self, n: int) -> None:
         """n tokens more; k, v and q hold these. Later heads are stronger: what adaptive budgets are for."""
@@ -266,6 +266,16 @@ def test_every_method(method, options):
         again.sequence.protected = [span]
         plan.apply(again.sequence)
         assert again.held() == held
+
+
+@pytest.mark.parametrize(("method", "options"), MATRIX)
+def test_before_a_page_is_full_nothing_goes(method, options):
+    sequence = Tiny(40).sequence
+    sequence.credits.clear()  # nobody has scored anything yet
+    version = sequence.version
+    Plan.parse(f"{method}(0.2{options})").apply(sequence)
+    assert sequence.version == version and sequence.tail_len == 40
+    sequence.pool.check_integrity()
 
 
 def bytes_of_pages(sequence: Sequence) -> int:

@@ -91,30 +91,37 @@ class ReplayWorker(Worker):
         except AdaptiveKVError as error:
             return str(error)
 
-    def labelled(self, request: Request, prompt: Prompt, drawn: bool) -> list[dict[str, Any]]:
-        """The rows of a request whose prompt is written. drawn: over the link it was drawn with, not a real one."""
+    def labelled(
+        self, request: Request, prompt: Prompt, drawn: bool, timed: int = replaying.TIMED
+    ) -> list[dict[str, Any]]:
+        """The rows of a request whose prompt is written. drawn: over the link it was drawn with, not a real one.
+        timed: decode steps of each plan that are timed."""
         new = min(request.new, self.new_tokens)
         reference = replaying.reference(self.loaded, prompt.ids, new, stop=True, plans=self.plans, follow=prompt.follow)
         try:
             state = schema.row(features(request, prompt, reference, drawn)).tolist()
             link = request.link if drawn else None
             free = new if request.split == "test" and prompt.answers else 0  # an own answer doubles the work
-            full = replaying.replay(reference, "full", text=free)
+            full = replaying.replay(reference, "full", text=free, timed=timed)
             limits = room(request, full.device_bytes)
-            host = int(limits["host_room"])
-            runs = [
-                (plan, full if plan == "full" else replaying.replay(reference, plan, text=free, host=host))
-                for plan in self.plans
-            ]
+            host, runs = int(limits["host_room"]), {"full": full}
+            for plan in self.plans:
+                if (alike := unmoved(plan, host)) not in runs:
+                    runs[alike] = replaying.replay(reference, alike, text=free, host=host, timed=timed)
             tokens = len(reference.tokens)
             return [
                 row(request, state, self.plans, plan, run, tokens, link) | limits
                 | {"label_right": None if run.text is None else tasks.score(prompt.answers, run.text)}
                 | {"model": reference.cache.mark}
-                for plan, run in runs
+                for plan, run in ((plan, runs[unmoved(plan, host)]) for plan in self.plans)
             ]  # fmt: skip
         finally:
             reference.free()
+
+
+def unmoved(plan: str, host: int) -> str:
+    """What a plan comes to where the host has so many bytes: where it has none, nothing is offloaded."""
+    return plan if host else str(Plan(tuple(stage for stage in Plan.parse(plan).stages if stage.kind != "offload")))
 
 
 def features(request: Request, prompt: Prompt, reference: replaying.Reference, drawn: bool) -> dict[str, float]:

@@ -118,19 +118,21 @@ def replay(
     budget: Budget = None,
     text: int = 0,
     host: int | None = None,
+    timed: int = TIMED,
 ) -> Replay:
     """Force the reference's tokens through a plan (or whatever a fresh controller chooses).
 
     budget: as for AdaptiveCache; pages beyond it wait in host memory until the plan is applied, as while a prompt is
     read. text: also answer freely with up to this many tokens (`new` at most). host: bytes of host memory (None:
-    enough); what finds no room there stays on the device. The reference is left as it was.
+    enough); what finds no room there stays on the device. timed: decode steps that are timed. The reference is left as
+    it was.
     """
     controller = plan if isinstance(plan, Controller) else Controller(Plan.parse(plan))
     start, state = time.perf_counter(), controller.rng.bit_generator.state
     with torch.inference_mode():
         run = Branch(reference, controller, budget, host)
         try:
-            out = _forced(run)
+            out = _forced(run, timed)
         finally:
             run.free()
         if text:
@@ -173,7 +175,7 @@ def _answer(
     return reference.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _forced(run: Branch) -> Replay:
+def _forced(run: Branch, timed: int) -> Replay:
     """The reference's tokens, whatever this run would have chosen."""
     losses: list[float] = []
     flips, held = 0, [(0, 0)]
@@ -205,5 +207,5 @@ def _forced(run: Branch) -> Replay:
         decisions=list(run.request.decisions),
         kl=losses,
     )
-    made.step_ms = 1e3 * min(run.timed(turn.tokens[-1]) for _ in range(TIMED))
+    made.step_ms = 1e3 * min(run.timed(turn.tokens[-1]) for _ in range(timed))
     return made

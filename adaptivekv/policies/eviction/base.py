@@ -108,10 +108,11 @@ class Eviction(Stage):
         held = [sequence.slots(layer)[0].sum((1, 2)) for layer in layers]
         most = [h.mean() if self.heads == "adaptive" else h.max(initial=0) for h in held]
         most = [max(0, math.ceil(n) - fixed) for n in most]
-        if self.layers == "adaptive":
-            shared = across_layers(
-                [self._may_go(sequence, layer, mean) for layer in layers], list(map(len, held)), most, mean - fixed
-            )
+        heads = list(map(len, held))
+        if sum(h.sum() for h in held) <= mean * sum(heads):  # all fits: nothing to weigh, nothing to score
+            shared = most
+        elif self.layers == "adaptive":
+            shared = across_layers([self._may_go(sequence, layer, mean) for layer in layers], heads, most, mean - fixed)
         else:
             wants = [dispersion(sequence, layer, self.window) for layer in layers] if sequence.ring_fill else most
             shared = weighted(mean - fixed, wants, most)
