@@ -119,15 +119,15 @@ class Plan:
         ragged = bool(evict) and (evict.heads, evict.layers) != ("uniform", "uniform")
         if ragged:  # every head ends in a page of its own
             pages = min(pages + 1, (tokens - tail) // PAGE)
-        # pages of the newest and the first tokens stay native; after eviction the newest ones are still contiguous
-        keep_native = 0
+        # pages of the newest and the first tokens are guarded; after eviction the newest ones are still contiguous
+        apart = 0
         if quantize:
             recent = -(-max(0, quantize.window - tail) // PAGE) + ragged if sealed else 0
-            keep_native = min(pages, recent + (1 if quantize.sinks else 0))
+            apart = min(pages, recent + (1 if quantize.sinks else 0))
         held: list[tuple[int, np.ndarray]] = []  # how many layers, and bytes of keys and values of one's columns
-        beside = self.beside(layers, dtype) if pages > keep_native else 0
+        beside = self.beside(layers, dtype) if pages > apart else 0
         for shape, alike in Counter(layers).items():
-            settled, kept = pages - keep_native, column(shape, native, dtype, keep_native)
+            settled, kept = pages - apart, column(shape, quantize.guarded if quantize else native, dtype, apart)
             packed = [(alike, column(shape, native, dtype, settled))]
             if quantize:
                 packed = quantize.columns(shape, alike, dtype, settled)

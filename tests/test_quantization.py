@@ -23,6 +23,7 @@ STAGE_TEXTS = [
     *(name for name, stage in STAGES.items() if stage.kind == "quantize" and name not in ("hotcold", "tuned", "palu")),
     "hotcold(0.3)", "hotcold(0.5, high=kivi4, low=kivi2)", "tuned(0.5)", "tuned(0.25, high=fp8, low=kivi42)",
     "palu(0.5)", "palu(0.125, latent=k4v2)", "palu(0.75, latent=int4)",
+    "int4(guard=int8)", "k4v2(window=0, guard=int8)", "tuned(0.5, high=int8, low=int4, guard=int8)",
 ]  # fmt: skip
 
 
@@ -204,7 +205,8 @@ def test_a_model_generates_with_every_stage(text):
     assert out.shape[1] == 330
     cache.pool.check_integrity()
     codes = set(np.concatenate([cache.pool.code[ids] for ids in cache.sequences[0].pages()]).tolist())
-    allowed = {FORMATS["native"], *Plan.parse(text).stage("quantize").formats}
+    stage = Plan.parse(text).stage("quantize")
+    allowed = {stage.guarded, *stage.formats}
     assert {BY_CODE[code] for code in codes} <= allowed and len(codes) > 1
 
 
@@ -214,6 +216,7 @@ def test_a_model_generates_with_every_stage(text):
         ("hotcold(1.5)", "hot=1.5"), ("hotcold", "needs hot"), ("hotcold(0.5, high=int9)", "high='int9'"),
         ("hotcold(0.5, high=int4, low=int8)", "low=int8 must have fewer bits than high=int4"),
         ("tuned(0.5, high=k4v2, low=kivi42)", "low=kivi42"), ("tuned(0)", "layers=0"),
+        ("int4(guard=int4)", "guard='int4' must be native or int8"), ("int8(guard=int8)", "guard=int8 must have more"),
         ("kivi4(rotate=true)", "'rotate'"), ("kivi4(window=-1)", "window=-1"),
         ("fp8(sinks=0.5)", "sinks=0.5"),
     ],

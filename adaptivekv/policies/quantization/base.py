@@ -26,16 +26,21 @@ class Quantize(Stage):
     """Base: pages behind the first `sinks` tokens and before the last `window` are stored in fewer bits.
 
     A subclass is a frozen dataclass with the fields `window` and `sinks` that gives `formats`, `apply` and `columns`.
+    One with a field `guard` may keep the other pages, where `sinks` and `window` lie, in 8 bits instead of 16.
     """
 
     window: int
     sinks: int
+    guard: str = "native"
 
     kind: ClassVar[str] = "quantize"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", whole("window", self.window))
         object.__setattr__(self, "sinks", whole("sinks", self.sinks))
+        choice("guard", self.guard, "native", "int8")
+        if self.guard != "native" and not self.guarded.demotes(self.format):
+            raise AdaptiveKVError(f"guard={self.guard} must have more bits than the pages it guards; leave it out")
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -46,6 +51,11 @@ class Quantize(Stage):
     def format(self) -> Format:
         """The narrowest of `formats`: whatever can become this can come under the stage."""
         return self.formats[-1]
+
+    @property
+    def guarded(self) -> Format:
+        """What sealed pages that have not settled are kept in."""
+        return FORMATS[self.guard]
 
     def reaches(self, fmt: Format) -> bool:
         """Whether a page in `fmt` can come under the stage, or is there."""
@@ -70,6 +80,11 @@ class Quantize(Stage):
         """The pages that this stage may touch, bool like `sequence.ids[layer]` for each layer."""
         return [settled(sequence, layer, self.window, self.sinks) for layer in range(len(sequence.ids))]
 
+    def keep_guard(self, sequence: Sequence) -> None:
+        """To be called once settled pages have their format."""
+        if self.guard != "native":
+            sequence.convert(demotable(sequence, [ids >= 0 for ids in sequence.ids], self.guarded), self.guarded)
+
 
 @dataclass(frozen=True)
 class Single(Quantize):
@@ -86,6 +101,7 @@ class Single(Quantize):
 
     def apply(self, sequence: Sequence) -> None:
         sequence.convert(demotable(sequence, self.settled(sequence), self.format), self.format)
+        self.keep_guard(sequence)
 
     def columns(self, shape: LayerShape, layers: int, dtype: torch.dtype, n: int) -> list[tuple[int, np.ndarray]]:
         return [(layers, column(shape, self.format, dtype, n))]

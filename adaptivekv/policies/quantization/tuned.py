@@ -36,6 +36,7 @@ class Tuned(Mixed):
     low: str = "k4v2"
     window: int = 64
     sinks: int = 4
+    guard: str = "native"
 
     name: ClassVar[str] = "tuned"
     paper: ClassVar[str] = "https://arxiv.org/abs/2502.04420"
@@ -52,21 +53,22 @@ class Tuned(Mixed):
 
     def apply(self, sequence: Sequence) -> None:
         (high, low), select = self.formats, self.settled(sequence)
-        if not any(x.any() for x in select):
-            return
-        wide = self._wide(sequence, select)
-        for fmt, mine in ((low, ~wide), (high, wide)):
-            chosen = [x & here for x, here in zip(select, mine, strict=True)]
-            sequence.convert(demotable(sequence, chosen, fmt), fmt)
+        if any(x.any() for x in select):
+            wide = self._wide(sequence, select)
+            for fmt, mine in ((low, ~wide), (high, wide)):
+                chosen = [x & here for x, here in zip(select, mine, strict=True)]
+                sequence.convert(demotable(sequence, chosen, fmt), fmt)
+        self.keep_guard(sequence)
 
     def _wide(self, sequence: Sequence, select: list[np.ndarray]) -> np.ndarray:
         """Which layers get the high format, bool [layers]."""
         high, low = (CODES[fmt.name] for fmt in self.formats)
         codes = [sequence.pool.code[pages] for pages in sequence.pages()]
-        if any((code == low).any() for code in codes):  # ranked before: the pages say how
-            return np.array([bool((code == high).any()) for code in codes])
         shapes, wide = sequence.pool.layers, np.zeros(len(codes), bool)
-        error = np.array([distortion(sequence, i, pages, self.formats[1], QUERIES) for i, pages in enumerate(select)])
+        if any((code == low).any() for code in codes):  # ranked before: the pages say how
+            error = np.array([-1.0 if (code == low).any() else (code == high).sum() for code in codes])
+        else:
+            error = np.array([distortion(sequence, i, x, self.formats[1], QUERIES) for i, x in enumerate(select)])
         for shape in set(shapes):
             alike = np.array([i for i, s in enumerate(shapes) if s == shape])
             best = np.argsort(-error[alike], kind="stable")

@@ -13,12 +13,15 @@ from adaptivekv.policies.quantization.base import Single
 class Uniform(Single):
     """Pages older than the last `window` tokens are stored in the stage's format; the window stays native.
 
+    The page with the first tokens stays native too, in each head: half of what a short prompt takes once few tokens are
+    left in few bits. `guard=int8` keeps both in 8 bits and loses next to nothing by it (docs/methods.md).
     Levels hold distances from the mean of a page. The rotation spreads outlier channels over the head, so one scale a
     slot is enough; the kernel rotates the query instead of the page. Pages only ever lose bits: one that already has
     fewer stays as it is.
     """
 
     rotate: bool = True
+    guard: str = "native"
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.00456"
 
