@@ -1,6 +1,6 @@
 """Labels of the same requests taken a second time: on another machine, by other kernels, in another precision.
 
-    python -m experiments.again experiments/data/study experiments/data/again --out experiments/results/again.json
+    A=experiments/data/again; python -m experiments.again $A/cpu $A/gpu --out experiments/results/again.json
 
 A row a plan: mean losses, mean and standard deviation of the log10 ratio of second to first, bytes, and the share of
 requests that keep an SLO in one and break it in the other. A study may hold rows of both kinds if these are small.

@@ -136,7 +136,8 @@ def work(file: Path, device: str, out: Path, some: list[str] | None, had: set[st
 
 
 def run(file: Path, out: Path, some: list[str] | None, seconds: float, processes: int) -> None:
-    """some: plans to be replayed. processes: of each GPU, or in all. One that fails says why; the others go on."""
+    """some: plans to be replayed. processes: of each GPU, or in all. One that fails says why; the others go on, and in
+    the end that is an AdaptiveKVError."""
     judged(some, "away")
     try:
         with lzma.open(file, "rt") as queue:
@@ -150,6 +151,7 @@ def run(file: Path, out: Path, some: list[str] | None, seconds: float, processes
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     context, until = multiprocessing.get_context("spawn"), time.time() + seconds
     at, had = context.Value("i", 0), {line["id"] for line in lines(out)}
+    failed: list[Any] = []
     workers = [
         context.Process(target=work, args=(file, devices[i % len(devices)], out, some, had, at, until))
         for i in range(processes * len(devices))
@@ -158,9 +160,12 @@ def run(file: Path, out: Path, some: list[str] | None, seconds: float, processes
         worker.start()
     while any(worker.is_alive() for worker in workers) and time.time() < until:
         time.sleep(min(10.0, max(0.1, until - time.time())))
-        print(f"{sum(1 for _ in lines(out))} done", flush=True)
+        failed = [worker for worker in workers if worker.exitcode]
+        print(f"{sum(1 for _ in lines(out))} done" + f", {len(failed)} processes failed" * bool(failed), flush=True)
     for worker in workers:
         worker.kill()  # what it has written stays
+    if failed:
+        raise AdaptiveKVError(f"{len(failed)} of {len(workers)} processes failed and said why; run it again")
 
 
 def lines(folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Lines that were collected on another host, in the study."""
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.trainer import trajectories
 from experiments import away
 
-DATA = Path(__file__).parents[1] / "experiments" / "data" / "again" / "trajectories"
+DATA = Path(__file__).parents[1] / "experiments" / "data" / "again" / "gpu"
 PLAN = "kvzap(0.2) | k4v2(window=0) | offload(0.05)"
 
 
@@ -51,3 +52,23 @@ def test_requests_that_the_study_lacks_come_after_those_it_has(tmp_path):
     fresh = [request.id for request in away.lacking(tmp_path, "edge", 3)]
     assert fresh == ["edge-0-certify-00004", "edge-0-test-00003", "edge-0-test-00004"]
     assert {request.id for request in away.again_of(tmp_path, "edge")} == ids
+
+
+def test_a_process_that_fails_is_told_of(tmp_path, capsys):
+    """A line that is no job ends the process that reads it, whatever GPU that was to use."""
+    with lzma.open(tmp_path / "jobs.xz", "wt") as file:
+        file.write('{"request": {"id": "edge-0-test-00002"}}\n{}\n')
+    with pytest.raises(AdaptiveKVError, match="1 of 1 processes failed and said why"):
+        away.run(tmp_path / "jobs.xz", tmp_path / "lines", None, 60, 1)
+    assert "0 done, 1 processes failed" in capsys.readouterr().out
+
+
+def test_losses_tell_one_answer_from_another():
+    """Those of the same requests on a CPU and on a GPU: one answer has another length, one goes another way."""
+    gpu = away.by_request(trajectories.read(DATA).to_pylist())
+    cpu = away.by_request(trajectories.read(DATA.with_name("cpu")).to_pylist())
+    other = [
+        name for name, rows in gpu.items() if not away.same(list(rows.values()), cpu[name][away.WITNESS]["label_kl"])
+    ]
+    assert other == ["edge-0-test-00132", "hardware-0-test-00137"]
+    assert not away.same(list(gpu[other[0]].values()), None)
