@@ -81,8 +81,11 @@ def test_right_answers():
     """Where answers are known, a request of split test says for every plan what its own answer had of them."""
     needle = dataclasses.replace(workload.load("mixed"), kinds={"needle": 1.0}, tokens=(300, 320), turns=(1, 1))
     (request,) = workload.draw(needle, 1, only=("test",))
-    rows = ReplayWorker(None, ("full", "streaming(0.1)"), 24).replay(dataclasses.replace(request, new=24))
-    assert [row["label_right"] for row in rows] == [1.0, 0.0]
+    plans = ("full", "streaming(0.1)", "streaming(0.1) | offload(0.5)")
+    rows = ReplayWorker(None, plans, 24).replay(dataclasses.replace(request, new=24, host=0.0))
+    assert [row["label_right"] for row in rows] == [1.0, 0.0, 0.0]
+    assert [row["plan"] for row in rows] == list(plans), "without host memory the last two are one, replayed once"
+    assert all(rows[1][name] == rows[2][name] for name in ("label_kl", "device_bytes", "host_bytes", "step_ms"))
 
 
 COMMAND = """

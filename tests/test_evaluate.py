@@ -8,7 +8,7 @@ from adaptivekv.controller import Controller
 from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.trainer.branch import Branch
 from adaptivekv.trainer.evaluate import COLUMNS, NEW, evaluate
-from adaptivekv.trainer.replay import reference, replay
+from adaptivekv.trainer.replay import answer, reference, replay
 from adaptivekv.trainer.tasks import BOOK, TASKS, Task, haystack, make
 
 LENGTH = 400
@@ -123,6 +123,14 @@ def test_losses_are_ordered_and_bytes_fall(read):
     assert offload.kl_mean < 1e-6 and offload.host_bytes > 0 and offload.device_bytes < full.device_bytes
     disk = replay(read, "offload(0.3, host=0.3)")
     assert (disk.device_bytes, disk.host_bytes) == (offload.device_bytes, offload.host_bytes)  # all that is below
+
+
+def test_an_answer_of_its_own_goes_on_where_it_first_differs(smol, book):
+    made = reference(smol, smol.tokenizer(book[:2000]).input_ids[:200], 24)
+    run, (tokens, _) = replay(made, "streaming(0.3)", text=24), answer(made, "streaming(0.3)")
+    assert run.flip_rate > 0 and tokens[0] == made.tokens[0] and tokens != made.tokens
+    assert run.text == smol.tokenizer.decode(tokens, skip_special_tokens=True)
+    made.free()
 
 
 def test_eviction_sees_the_same_queries_as_a_cache_of_its_own(smol, needle):

@@ -132,11 +132,11 @@ def replay(
     with torch.inference_mode():
         run = Branch(reference, controller, budget, host)
         try:
-            out = _forced(run, timed)
+            out, agreed = _forced(run, timed)
         finally:
             run.free()
         if text:
-            out.text = _answer(reference, controller, state, budget, host, min(text, reference.new), out.flip_rate)
+            out.text = _answer(reference, controller, state, budget, host, min(text, reference.new), agreed)
     out.seconds = time.perf_counter() - start
     return out
 
@@ -158,27 +158,28 @@ def answer(reference: Reference, plan: str | Plan) -> tuple[list[int], int]:
 
 
 def _answer(
-    reference: Reference, controller: Controller, state: Any, budget: Budget, host: int | None, limit: int, flips: float
+    reference: Reference, controller: Controller, state: Any, budget: Budget, host: int | None, limit: int, agreed: int
 ) -> str:
-    """The free-running answer: the reference's own as long as no choice differed, else generated anew."""
-    stops, own = stop_tokens(reference.loaded), reference.tokens[:limit]
-    whole = len(own) == limit or any(token in stops for token in own)
-    if flips == 0 and whole:
-        own = own[: next((i for i, token in enumerate(own) if token in stops), len(own))]
+    """The free-running answer: the reference's own up to the first choice that differed, then its own."""
+    stops, own = stop_tokens(reference.loaded), reference.turns[0].tokens[:limit]
+    if agreed >= len(own) and (len(own) == limit or own[-1] in stops):
         return reference.loaded.tokenizer.decode(own, skip_special_tokens=True)
     controller.rng.bit_generator.state = state  # explores as it did
     run = Branch(reference, controller, budget, host)
     try:
-        tokens, _ = run.generate(limit, stops)
+        own = own[:agreed] if controller.fixed else []  # one that decides is asked at every step
+        for _ in run.force(own):
+            pass
+        tokens = own + run.generate(limit - len(own), stops)[0]
     finally:
         run.free()
     return reference.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _forced(run: Branch, timed: int) -> Replay:
-    """The reference's tokens, whatever this run would have chosen."""
+def _forced(run: Branch, timed: int) -> tuple[Replay, int]:
+    """The reference's tokens, whatever this run would have chosen; and how many it would have chosen at first."""
     losses: list[float] = []
-    flips, held = 0, [(0, 0)]
+    flips, held = np.zeros(0, bool), [(0, 0)]
     for i, turn in enumerate(run.reference.turns):
         if i:
             run.hear(run.reference.turns[i - 1], turn.ids)
@@ -188,14 +189,14 @@ def _forced(run: Branch, timed: int) -> Replay:
             held.append((len(logits), run.request.sequence.bytes(DEVICE)))
         ours, full = torch.cat(rows).float().log_softmax(-1), turn.logits
         losses += (full.exp() * (full - ours)).sum(-1).clamp_min(0.0).tolist()
-        flips += int((ours.argmax(-1) != full.argmax(-1)).sum())
+        flips = np.append(flips, (ours.argmax(-1) != full.argmax(-1)).cpu().numpy())
     pool, sequence = run.cache.pool, run.request.sequence
     assert pool is not None
     made = Replay(
         plan=str(run.request.plan),
         kl_mean=float(np.mean(losses)),
         kl_worst=max(losses),
-        flip_rate=flips / len(losses),
+        flip_rate=float(flips.mean()),
         step_ms=0.0,
         apply_s=run.apply_s,
         device_bytes=sequence.bytes(DEVICE),
@@ -208,4 +209,4 @@ def _forced(run: Branch, timed: int) -> Replay:
         kl=losses,
     )
     made.step_ms = 1e3 * min(run.timed(turn.tokens[-1]) for _ in range(timed))
-    return made
+    return made, int(flips.argmax()) if flips.any() else len(flips)
