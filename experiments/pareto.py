@@ -1,6 +1,6 @@
 """Quality against physical bytes: every plan over the task families of RULER, and the front they form.
 
-    python -m experiments.pareto run ruler.jsonl --device cuda --jobs 14
+    python -m experiments.pareto run ruler.jsonl --jobs 14
     python -m experiments.pareto table ruler.jsonl [more.jsonl.xz] --out experiments/results
 
 `run` works through a queue of prompts, those that matter most first, and appends a line a plan: a run that was stopped
@@ -217,16 +217,19 @@ def run(args: argparse.Namespace) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     at = context.Value("i", 0)
-    workers: list[Any] = []
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if args.device in ("auto", "cuda") else []
+    slots: list[Any] = [None] * args.jobs * max(1, len(gpus))
     while time.time() < until:
-        workers = [worker for worker in workers if worker.is_alive()]
-        if at.value >= len(queue) and not workers:
+        left = at.value < len(queue)
+        for n, worker in enumerate(slots):
+            if left and not (worker and worker.is_alive()):  # also in place of one that failed
+                device = gpus[n % len(gpus)] if gpus else args.device
+                slots[n] = context.Process(target=work, args=(queue, device, args.out, at, until))
+                slots[n].start()
+        if not left and not any(worker and worker.is_alive() for worker in slots):
             return
-        for _ in range(args.jobs - len(workers) if at.value < len(queue) else 0):  # also in place of one that failed
-            workers.append(context.Process(target=work, args=(queue, args.device, args.out, at, until)))
-            workers[-1].start()
         time.sleep(1)
-    for worker in workers:
+    for worker in filter(None, slots):
         worker.join(max(0.0, until + args.grace - time.time()))
         worker.kill()  # what it has written stays
 
@@ -241,7 +244,7 @@ def main() -> None:
     made.add_argument("--samples", type=int)
     made.add_argument("--plans", nargs="+", help="`all`: every plan of the queue")
     made.add_argument("--device", default="auto")
-    made.add_argument("--jobs", type=int, default=1)
+    made.add_argument("--jobs", type=int, default=1, help="processes of each GPU, or in all")
     made.add_argument("--seconds", type=float, default=1e9, help="start nothing after so long")
     made.add_argument("--grace", type=float, default=8, help="seconds after that in which what was begun may end")
     shown = steps.add_parser("table")

@@ -46,7 +46,7 @@ PLAN_NAMES: tuple[str, ...] = (
     "by_mass",
     "by_recall",  # by what a second reading looks at, or is expected to
     "log2_pool",  # neighbours whose scores are pooled
-    "log2_recent",  # log2(1 + recent tokens that lose no bits)
+    "log2_recent",  # log2(1 + recent tokens that keep all bits, or 8 (`guard=int8`))
 )
 
 LINK_TIME = "log10_link_time"
