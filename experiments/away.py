@@ -46,7 +46,7 @@ def jobs(study: Path, out: Path, per: int, again: bool) -> None:
     """Requests with their prompts, scenario after scenario in turn, so that a run cut short has as many of each."""
     tokenizer = model.load(device="cpu").tokenizer
     queues = [again_of(study, name) if again else lacking(study, name, per) for name in SCENARIOS]
-    order = [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
+    order = in_turn(queues)
     had = {row["request_id"]: row["label_kl"] for name in SCENARIOS for row in witnesses(study, name) if again}
     with lzma.open(out, "wt") as file:
         for request in order:
@@ -89,10 +89,14 @@ def drawn(scenario: str, split: str, count: int) -> list[workload.Request]:
 
 
 def again_of(study: Path, scenario: str) -> list[workload.Request]:
-    found = []
-    for split, have in numbers(study, scenario).items():
-        found += [request for i, request in enumerate(drawn(scenario, split, max(have) + 1)) if i in have]
-    return found
+    """What is trained on first; of a run that is cut short, the rest is as much of split certify as of test."""
+    have = numbers(study, scenario)
+    found = {
+        split: [request for i, request in enumerate(drawn(scenario, split, max(have[split]) + 1)) if i in have[split]]
+        for split in trajectories.SPLITS if split in have
+    }  # fmt: skip
+    late = in_turn([found.pop("certify", []), found.pop("test", [])])
+    return [request for early in found.values() for request in early] + late
 
 
 def lacking(study: Path, scenario: str, per: int) -> list[workload.Request]:
@@ -103,6 +107,11 @@ def lacking(study: Path, scenario: str, per: int) -> list[workload.Request]:
         every = drawn(scenario, split, min(have) + per + len(have))
         fresh = [request for i, request in enumerate(every) if i > min(have) and i not in have]
         queues.append(fresh[: max(0, per - len(have))])
+    return in_turn(queues)
+
+
+def in_turn(queues: list[list[workload.Request]]) -> list[workload.Request]:
+    """One of each, as long as it has any."""
     return [queue[i] for i in range(max(map(len, queues))) for queue in queues if i < len(queue)]
 
 
