@@ -12,7 +12,7 @@ from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.evict import evict
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, choice, protected, share, whole
-from adaptivekv.policies.eviction.budgets import across_heads, across_layers, dispersion, pyramid, top, weighted
+from adaptivekv.policies.eviction.budgets import across_heads, across_layers, dispersion, only, pyramid, top, weighted
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Eviction(Stage):
         if self.heads == "adaptive":
             best = across_heads(rank, live, sure, target)
         else:
-            best = sure | top(np.where(live, rank, np.iinfo(np.int64).min), target)
+            best = sure | top(only(rank, live), target)
         return best.reshape(used.shape)
 
     def keep_slots(self, sequence: Sequence) -> int:
