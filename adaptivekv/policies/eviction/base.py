@@ -68,16 +68,18 @@ class Eviction(Stage):
 
     def choose(self, sequence: Sequence) -> list[np.ndarray | None]:
         """The slots that stay, layer by layer: bool [H, P, 64], None: all."""
-        return [self._best(sequence, layer, target) for layer, target in enumerate(self.budgets(sequence))]
+        scores: dict[int, np.ndarray] = {}
+        budgets = self.budgets(sequence, scores)
+        return [self._best(sequence, layer, target, scores.get(layer)) for layer, target in enumerate(budgets)]
 
-    def _best(self, sequence: Sequence, layer: int, target: int) -> np.ndarray | None:
+    def _best(self, sequence: Sequence, layer: int, target: int, score: np.ndarray | None = None) -> np.ndarray | None:
         """The slots that are worth most, `target` of each head or on average, bool [H, P, 64]; None: all."""
         used, pos = sequence.slots(layer)
         heads, held = len(used), used.sum(axis=(1, 2))
         if (held.mean() if self.heads == "adaptive" else held.max(initial=0)) <= target:
             return None
         forced = protected(sequence, pos, self.sinks, self.window)
-        score = np.where(forced, np.inf, self.score_within(sequence, layer, target))
+        score = np.where(forced, np.inf, self.score_within(sequence, layer, target) if score is None else score)
         # A float32 read as an integer, the negative ones turned round, sorts like itself; position and head behind it
         # settle equal scores, the newer one stays: runs of one score must not break determinism.
         bits = (score.astype(np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
@@ -94,8 +96,8 @@ class Eviction(Stage):
         """Sealed slots each head may keep, on average over layers and heads; the tail counts as kept."""
         return max(0, round(self.keep * sequence.length) - sequence.tail_len)
 
-    def budgets(self, sequence: Sequence) -> list[int]:
-        """`keep_slots` of each layer."""
+    def budgets(self, sequence: Sequence, scores: dict[int, np.ndarray] | None = None) -> list[int]:
+        """`keep_slots` of each layer. scores: gets those that were needed for it, unless a budget changes them."""
         mean, layers = self.keep_slots(sequence), range(len(sequence.ids))
         if self.layers in ("uniform", "own"):
             return [mean for _ in layers]
@@ -112,16 +114,19 @@ class Eviction(Stage):
         if sum(h.sum() for h in held) <= mean * sum(heads):  # all fits: nothing to weigh, nothing to score
             shared = most
         elif self.layers == "adaptive":
-            shared = across_layers([self._may_go(sequence, layer, mean) for layer in layers], heads, most, mean - fixed)
+            found = {layer: self.score_within(sequence, layer, mean) for layer in layers}
+            worth = [score[self._may_go(sequence, layer)] for layer, score in found.items()]
+            shared = across_layers(worth, heads, most, mean - fixed)
+            if scores is not None and type(self).score_within is Eviction.score_within:
+                scores |= found
         else:
             wants = [dispersion(sequence, layer, self.window) for layer in layers] if sequence.ring_fill else most
             shared = weighted(mean - fixed, wants, most)
         return [fixed + n for n in shared]
 
-    def _may_go(self, sequence: Sequence, layer: int, mean: int) -> np.ndarray:
-        """The worth of every slot of a layer that may go, [n]."""
+    def _may_go(self, sequence: Sequence, layer: int) -> np.ndarray:
         used, pos = sequence.slots(layer)
-        return self.score_within(sequence, layer, mean)[used & ~protected(sequence, pos, self.sinks, self.window)]
+        return used & ~protected(sequence, pos, self.sinks, self.window)
 
     def features(self) -> dict[str, float]:
         needs = type(self).needs
