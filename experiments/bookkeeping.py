@@ -16,6 +16,7 @@ import argparse
 import gc
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 import transformers.models.llama  # noqa: F401 - what a serving process holds
 
 from adaptivekv.engine.process import freeze
+from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.table import Launch
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
@@ -108,4 +110,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AdaptiveKVError as error:
+        sys.exit(f"bookkeeping: {error}")

@@ -24,7 +24,8 @@ import torch
 import transformers
 from torch import multiprocessing
 
-from adaptivekv.model import LoadedModel, load
+from adaptivekv.errors import AdaptiveKVError
+from adaptivekv.model import LoadedModel, load, resolve_device
 from adaptivekv.plan import Plan
 from adaptivekv.trainer.evaluate import NEW
 from adaptivekv.trainer.replay import reference, replay
@@ -196,6 +197,7 @@ def _append(out: Path, row: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    resolve_device(args.device)  # one that is not there fails here, not in every process
     parts, until = QUEUE, time.time() + args.seconds
     if args.lengths or args.models or args.samples or args.plans:
         lengths, samples = tuple(args.lengths or LONG), range(args.samples or 1)
@@ -259,4 +261,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AdaptiveKVError as error:
+        raise SystemExit(f"pareto: {error}") from None

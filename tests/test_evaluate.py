@@ -178,7 +178,8 @@ def test_an_answer_may_be_given(read):
     given.free()
     other = reference(read.loaded, read.ids, 70, tokens=read.ids[:70], question_ids=read.question_ids)
     assert other.tokens == read.ids[:70] and (other.logits[1] - read.logits[1]).abs().max() > 1
-    assert replay(other, "full").kl_worst < ROUNDING
+    own = replay(other, "full", text=read.new)
+    assert own.kl_worst < ROUNDING and own.text == read.text, "its own answer is its own, whatever was given"
     other.free()
     with pytest.raises(AdaptiveKVError, match="new=2: the answer has 3 tokens"):
         reference(read.loaded, read.ids, 2, tokens=[1, 2, 3])

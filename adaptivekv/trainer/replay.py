@@ -179,7 +179,7 @@ def _answer(
 def _forced(run: Branch, timed: int) -> tuple[Replay, int]:
     """The reference's tokens, whatever this run would have chosen; and how many it would have chosen at first."""
     losses: list[float] = []
-    flips, held = np.zeros(0, bool), [(0, 0)]
+    flips, held, other = 0, [(0, 0)], list[bool]()
     for i, turn in enumerate(run.reference.turns):
         if i:
             run.hear(run.reference.turns[i - 1], turn.ids)
@@ -189,14 +189,15 @@ def _forced(run: Branch, timed: int) -> tuple[Replay, int]:
             held.append((len(logits), run.request.sequence.bytes(DEVICE)))
         ours, full = torch.cat(rows).float().log_softmax(-1), turn.logits
         losses += (full.exp() * (full - ours)).sum(-1).clamp_min(0.0).tolist()
-        flips = np.append(flips, (ours.argmax(-1) != full.argmax(-1)).cpu().numpy())
+        flips += int((ours.argmax(-1) != full.argmax(-1)).sum())
+        other += [mine != said for mine, said in zip(ours.argmax(-1).tolist(), turn.tokens, strict=True)]
     pool, sequence = run.cache.pool, run.request.sequence
     assert pool is not None
     made = Replay(
         plan=str(run.request.plan),
         kl_mean=float(np.mean(losses)),
         kl_worst=max(losses),
-        flip_rate=float(flips.mean()),
+        flip_rate=flips / len(losses),
         step_ms=0.0,
         apply_s=run.apply_s,
         device_bytes=sequence.bytes(DEVICE),
@@ -209,4 +210,4 @@ def _forced(run: Branch, timed: int) -> tuple[Replay, int]:
         kl=losses,
     )
     made.step_ms = 1e3 * min(run.timed(turn.tokens[-1]) for _ in range(timed))
-    return made, int(flips.argmax()) if flips.any() else len(flips)
+    return made, [*other, True].index(True)
