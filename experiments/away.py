@@ -39,7 +39,7 @@ from experiments.champion import SCENARIOS
 
 MAX_TOKENS, NEW_TOKENS = 4096, 256
 TIMES = Path("experiments/results/step-times-cpu.json")
-WITNESS = "k4v2(window=0)"  # its losses, token by token, tell one answer from another
+WITNESS = "k4v2(window=0, guard=int8)"  # its losses, token by token, tell one answer from another
 
 
 def jobs(study: Path, out: Path, per: int, again: bool) -> None:

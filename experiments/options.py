@@ -27,7 +27,6 @@ from adaptivekv.trainer import workload
 from experiments import output
 from experiments.champion import SCENARIOS
 
-ZAP = "kvzap({}, layers=adaptive)"
 OPTIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
     "layers": (
         ("uniform", "adaptive"),
@@ -41,12 +40,12 @@ OPTIONS: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {
         ("native", "int8"),
         (
             "int4(guard={})", "int4(window=0, guard={})", "k4v2(window=0, guard={})",
-            ZAP.format(0.75) + " | tuned(0.25, high=int8, low=int4, guard={})",
-            ZAP.format(0.4) + " | int4(window=0, guard={})", ZAP.format(0.2) + " | k4v2(window=0, guard={})",
+            "kvzap(0.75) | tuned(0.25, high=int8, low=int4, guard={})",
+            "kvzap(0.4) | int4(window=0, guard={})", "kvzap(0.2) | k4v2(window=0, guard={})",
         ),
     ),
 }  # fmt: skip
-"""The default and the other value, and plans that take either."""
+"""Two values, and plans that take either."""
 
 
 def main() -> None:

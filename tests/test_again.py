@@ -16,7 +16,7 @@ DATA = Path(__file__).parents[1] / "experiments" / "data" / "again"
 
 def test_a_tenfold_loss_is_found():
     table = trajectories.read(DATA / "gpu")
-    plan = "kvzap(0.2) | k4v2(window=0) | offload(0.05)"
+    plan = "kvzap(0.2, layers=uniform) | k4v2(window=0) | offload(0.05)"
     at = table.column_names.index("label_loss")
     more = pc.if_else(pc.equal(table["plan"], plan), pc.multiply(table["label_loss"], 10.0), table["label_loss"])
     changed = table.set_column(at, table.schema.field("label_loss"), more.cast(pa.float64()))

@@ -11,7 +11,7 @@ from adaptivekv.trainer import trajectories
 from experiments import away
 
 DATA = Path(__file__).parents[1] / "experiments" / "data" / "again" / "gpu"
-PLAN = "kvzap(0.2) | k4v2(window=0) | offload(0.05)"
+PLAN = "kvzap(0.2) | k4v2(window=0, guard=int8) | offload(0.05)"
 
 
 def test_merge_replaces_adds_and_drops(tmp_path, monkeypatch):

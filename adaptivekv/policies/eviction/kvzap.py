@@ -22,11 +22,8 @@ class KVzap(KVzip):
     It knows no question, costs one product a token, and may act while a prompt is still being read.
 
     Differs from the paper: keys and values go in instead of the hidden state, which a cache never sees; a share of the
-    slots is kept instead of those above a threshold; what is generated is kept; a layer has a budget of its own, as in
-    the plans that the policies which ship were trained on (`layers=adaptive`, as in the paper, loses less).
+    slots is kept instead of those above a threshold; what is generated is kept.
     """
-
-    layers: str = "uniform"
 
     name: ClassVar[str] = "kvzap"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.07891"
