@@ -51,7 +51,7 @@ PLANS = (
     "int2",
     "snapkv(0.25)",
     "snapkv(0.5) | k4v2",
-    "kvzap(0.5) | int4(window=0)",
+    "kvzap(0.5, layers=uniform) | int4(window=0)",
     "offload(0.25)",
 )
 NO_KV = "no kv"
