@@ -36,6 +36,7 @@ from adaptivekv.selector import LINK, READ_SHARE
 from adaptivekv.trainer import tasks, trajectories
 from adaptivekv.trainer.branch import Branch
 from adaptivekv.trainer.replay import reference
+from experiments import output
 from experiments.selector import machine
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -125,7 +126,7 @@ def main() -> None:
     used.add_argument("times", type=Path)
     args = parser.parse_args()
     if args.verb == "measure":
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        output.check(args.out)
         command = "python -m experiments.cputimes " + " ".join(sys.argv[1:])
         record = {"command": command, "machine": machine(), "torch": torch.__version__, "rows": measure()}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
