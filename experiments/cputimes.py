@@ -77,7 +77,6 @@ def measure() -> list[dict[str, Any]]:
     for (tokens, plan), run, ms in zip(runs, runs.values(), 1e3 * np.min(rounds[1:], axis=0), strict=True):
         device, host = (run.request.sequence.bytes(tier) for tier in (DEVICE, HOST))
         rows.append({"tokens": tokens, "plan": plan, "ms": float(ms), "device_bytes": device, "host_bytes": host})
-        print(f"{tokens:5} {plan:66} {ms:7.2f} ms", flush=True)
     return rows
 
 
@@ -127,9 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.verb == "measure":
         output.check(args.out)
-        command = "python -m experiments.cputimes " + " ".join(sys.argv[1:])
-        record = {"command": command, "machine": machine(), "torch": torch.__version__, "rows": measure()}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        output.emit("cputimes", {"machine": machine(), "torch": torch.__version__, "rows": measure()}, args.out)
         print(fit(args.out))
         return
     steps = fit(args.times)
