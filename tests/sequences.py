@@ -30,6 +30,12 @@ def feed(sequence: Sequence, n: int, seed: int = 0) -> None:
     sequence.commit(pos)
 
 
+def as_bits(keep: list[np.ndarray]) -> np.ndarray:
+    """Which slots stay, bool [H, P, 64] a layer, as `evict` takes it."""
+    joined = np.concatenate([mask.reshape(-1, 64) for mask in keep])
+    return np.packbits(joined, axis=1, bitorder="little").view(np.uint64)[:, 0]
+
+
 def content(sequence: Sequence) -> dict[tuple[int, int, int], torch.Tensor]:
     """(layer, head, position) -> key and value as attention sees them."""
     out = {}

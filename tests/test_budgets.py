@@ -18,7 +18,7 @@ SEALED = TOKENS // 64 * 64
 def test_adaptive_heads_take_the_best_of_the_layer_above_their_floor():
     """Ada-KV as its authors describe it: every head's best 20 % are safe, then the best of all heads together."""
     tiny, stage = Tiny(), Plan.parse("knorm(0.5, heads=adaptive)").stage("evict")
-    score, mean = torch.from_numpy(stage.score(tiny.sequence, 0)).view(2, -1), stage.keep_slots(tiny.sequence)
+    score, mean = stage.score(tiny.sequence, 0).view(2, -1), stage.keep_slots(tiny.sequence)
     score[:, :4] = score[:, TOKENS - 32 :] = torch.inf  # protected
     stage.apply(tiny.sequence)
     score.scatter_(1, score.topk(int(0.2 * mean), 1).indices, torch.inf)
@@ -113,18 +113,20 @@ def test_adaptive_layers_take_the_best_of_all():
     ]
     protected = 4 + 32 - tiny.sequence.tail_len
     room = sum((stage.keep_slots(tiny.sequence) - protected) * s.heads for s in SHAPES)
-    least = np.sort(np.concatenate([score.ravel() for score in free]))[-room]
-    want = [protected + (score >= least).sum() // len(score) for score in free]
+    least = torch.cat([score.ravel() for score in free]).sort().values[-room]
+    want = [protected + int((score >= least).sum()) // len(score) for score in free]
     assert stage.budgets(tiny.sequence) == want and len(set(want)) == len(want)
 
 
 def test_adaptive_layers_by_hand():
-    one, other = np.array([5.0, 1, 4, 0]), np.array([2.0, 3, -1, -2])
-    assert across_layers([one, other], [1, 1], [4, 4], 2) == [2, 2]
-    assert across_layers([one + 9, other], [1, 1], [4, 4], 2) == [4, 0]
-    assert across_layers([one - [0, 0, 0, 3], other], [2, 1], [2, 4], 2) == [1, 3]  # three are one and a half a head
-    assert across_layers([one, other], [1, 1], [4, 4], 0) == [0, 0]
-    assert across_layers([one, other[:1]], [1, 1], [4, 1], 3) == [4, 1]
+    one, other = torch.tensor([5.0, 1, 4, 0]), torch.tensor([2.0, 3, -1, -2])
+    less, none = one - torch.tensor([0, 0, 0, 3]), torch.full((3,), -torch.inf)
+    assert across_layers(torch.cat([one, other]), [4, 4], [1, 1], [4, 4], 2) == [2, 2]
+    assert across_layers(torch.cat([one + 9, other]), [4, 4], [1, 1], [4, 4], 2) == [4, 0]
+    assert across_layers(torch.cat([less, other]), [4, 4], [2, 1], [2, 4], 2) == [1, 3]  # three: one and a half a head
+    assert across_layers(torch.cat([one, other]), [4, 4], [1, 1], [4, 4], 0) == [0, 0]
+    assert across_layers(torch.cat([one, other[:1], none]), [4, 4], [1, 1], [4, 1], 3) == [4, 1]
+    assert across_layers(none, [2, 1], [1, 1], [4, 1], 3) == [0, 0]
 
 
 def test_duo_keeps_whole_heads():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import CONFIGS, calibrated, tiny, twins
+from sequences import as_bits
 from transformers import DynamicCache
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, BudgetError, Plan
@@ -257,7 +258,8 @@ def test_ragged_heads_from_per_head_eviction():
         keys = [
             sequence.keys(layer, h).view(used.shape[1], -1, 16)[torch.from_numpy(keep[h] & used[h])] for h in (0, 1)
         ]
-        evict(sequence, [keep if i == layer else None for i in range(len(cache.shapes))])
+        masks = [keep if i == layer else np.ones((*x.shape, 64), bool) for i, x in enumerate(sequence.ids)]
+        evict(sequence, as_bits(masks))
         assert sequence.bytes() < before
         for h in (0, 1):
             now, _ = sequence.slots(layer)

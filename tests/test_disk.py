@@ -61,7 +61,7 @@ def test_a_damaged_page_on_disk_is_an_error_never_a_wrong_token(part, reader, tm
         "attention": lambda: sequence.batches(0), "move": lambda: sequence.move(every, HOST),
         "convert": lambda: sequence.convert(every, FORMATS["int4r"]),
         "save": lambda: store.save(sequence, tmp_path / "x"),
-        "evict": lambda: evict(sequence, [np.arange(64) % 2 == np.zeros((*x.shape, 1)) for x in sequence.ids]),
+        "evict": lambda: evict(sequence, np.full(len(sequence.cells()[1]), 0x5555555555555555, np.uint64)),
         "bounds": lambda: bounds(p, sequence.ids[0][1]),
     }  # fmt: skip
     sequence.batches(0)  # whole, it is read

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sequences import SHAPES, content, feed, pool, same, standing_alone
+from sequences import SHAPES, as_bits, content, feed, pool, same, standing_alone
 
 from adaptivekv.memory.arena import Arena, ArenaFull
 from adaptivekv.memory.bounds import bounds
@@ -93,7 +93,7 @@ class Memory(RuleBasedStateMachine):
             used, pos = sequence.slots(layer)
             expected |= {(layer, h, int(p)) for h in range(len(used)) for p in pos[h][used[h] & k[h]]}
         try:
-            evict(sequence, keep)
+            evict(sequence, as_bits(keep))
             assert content(sequence).keys() == expected
         except ArenaFull:
             assert any((self.pool.ref[ids] > 1).any() for ids in sequence.pages()), "own pages leave room enough"
@@ -299,7 +299,7 @@ def test_a_full_arena_still_converts_and_evicts(name):
         for layer, k in enumerate(keep):
             used, pos = sequence.slots(layer)
             expected |= {(layer, h, int(q)) for h in range(len(used)) for q in pos[h][used[h] & k[h]]}
-        evict(sequence, keep)
+        evict(sequence, as_bits(keep))
         after = content(sequence)
         assert after.keys() == expected
         change = torch.cat([after[key] - before[key] for key in after])

@@ -202,7 +202,7 @@ FORMULAS = [
 def test_score_is_the_papers_formula(text, formula):
     tiny, stage = Tiny(), Plan.parse(text).stage("evict")
     for layer, shape in enumerate(SHAPES):
-        got = torch.from_numpy(np.array(stage.score(tiny.sequence, layer), np.float32)).view(shape.heads, -1)
+        got = stage.score(tiny.sequence, layer).float().reshape(shape.heads, -1)
         want = formula(tiny, layer)[:, : got.shape[1]]
         known = ~want.isnan()
         assert torch.allclose(got[known], want[known], rtol=1e-4, atol=1e-7)
@@ -290,7 +290,7 @@ def bytes_of_pages(sequence: Sequence) -> int:
 @pytest.mark.parametrize("method", METHODS)
 def test_survivors_score_best(method):
     tiny, stage = Tiny(), METHODS[method](0.4)
-    scores = [np.array(stage.score(tiny.sequence, layer)).reshape(s.heads, -1) for layer, s in enumerate(SHAPES)]
+    scores = [stage.score(tiny.sequence, layer).reshape(s.heads, -1).numpy() for layer, s in enumerate(SHAPES)]
     stage.apply(tiny.sequence)
     for layer, heads in enumerate(tiny.held()):
         for head, kept in enumerate(heads):

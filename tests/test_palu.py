@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import SMALL, llama, tiny
+from sequences import as_bits
 from transformers import AutoModelForCausalLM
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
@@ -169,7 +170,7 @@ def test_later_pages_keep_the_bases_and_evictions_move_latents(text):
     old, keep, rng = [stored(sequence, i) for i in range(len(SHAPES))], [], np.random.default_rng(0)
     for ids in sequence.ids:
         keep.append(np.tile(rng.random((ids.shape[1], 64)) < 0.6, (len(ids), 1, 1)))
-    evict(sequence, keep)
+    evict(sequence, as_bits(keep))
     pool.check_integrity()
     for layer, mask in enumerate(keep):
         used, pos = sequence.slots(layer)
@@ -246,7 +247,7 @@ def test_a_head_without_settled_pages_has_bases_of_what_it_holds():
     keep = [np.ones((*ids.shape, 64), bool) for ids in sequence.ids]
     for mask in keep:
         mask[0, 1:-1] = False
-    evict(sequence, keep)
+    evict(sequence, as_bits(keep))
     pool = sequence.pool
     Plan.parse("palu(0.5)").apply(sequence)
     for layer, ids in enumerate(sequence.ids):

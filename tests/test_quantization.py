@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
+from sequences import as_bits
 from test_formats import NEW, parts
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
@@ -107,7 +108,7 @@ def test_evicting_from_quantized_pages(name):
         for layer, mask in enumerate(keep):
             used, pos = sequence.slots(layer)
             expected.append([set(pos[h][used[h] & mask[h]].tolist()) for h in range(len(mask))])
-        evict(sequence, keep)
+        evict(sequence, as_bits(keep))
         sequence.pool.check_integrity()
         for layer, s in enumerate(SHAPES):
             after = slots(sequence, layer)

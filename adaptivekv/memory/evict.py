@@ -19,24 +19,25 @@ from adaptivekv.memory import checksums
 from adaptivekv.memory.arena import ArenaFull
 from adaptivekv.memory.change import staged, unstage
 from adaptivekv.memory.pages import PagePool
+from adaptivekv.memory.sealed import POS_BYTES, positions
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DISK, HOST, Kind
 from adaptivekv.memory.transfer import kernel_tables
 
 _FULL = np.array([(1 << n) - 1 for n in range(PAGE + 1)], np.uint64)  # slots 0 to n - 1, a bit each
-_POS_BYTES = PAGE * 4
 
 
-def evict(sequence: Sequence, keep: list[np.ndarray | None]) -> None:
-    """Keep the slots where `keep` (bool [H, P, 64] a layer, None: all) is true and repack what is left of broken pages.
+def evict(sequence: Sequence, keep: np.ndarray) -> None:
+    """Keep the slots in `keep` and repack what is left of broken pages.
 
+    keep: uint64, one a cell (pagelists.py): bit s says that slot s stays; those of unused slots may say anything.
     Whole pages that are kept stay as they are; survivors of the others fill new pages of the same head, format and
     tier, in the order of their positions: on a GPU all at once, where they fit beside the old ones, else head by head.
     Raises ArenaFull where that does not fit either, which only shared pages can cause; heads done by then stay done.
     """
     pool, (row, ids) = sequence.pool, sequence.cells()
     count = np.where(ids >= 0, pool.count[ids], 0)
-    bits = _FULL[count] & np.concatenate([_bits(k, x) for k, x in zip(keep, sequence.ids, strict=True)])
+    bits = _FULL[count] & keep
     broken = np.flatnonzero(np.bitwise_count(bits) < count)
     if not len(broken):
         return
@@ -55,13 +56,6 @@ def evict(sequence: Sequence, keep: list[np.ndarray | None]) -> None:
         if done:
             gone = np.concatenate(cuts[: len(done)])
             _take(sequence, broken[gone], [stream for streams in done for stream in streams])
-
-
-def _bits(keep: np.ndarray | None, ids: np.ndarray) -> np.ndarray:
-    """One uint64 a page: bit s is slot s."""
-    if keep is None:
-        return np.full(ids.size, _FULL[PAGE])
-    return np.packbits(keep.reshape(-1, PAGE), axis=1, bitorder="little").view("<u8").ravel()
 
 
 @dataclass
@@ -122,8 +116,8 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
         _claim(pool, streams)
         for s in streams:
             k, v = (pool.arena(tier).data for tier in s.kind.tiers)
-            off = pool.k_off[s.ids], pool.v_off[s.ids], s.ids * _POS_BYTES
-            _pack(pool, s, off, (k, v, _pos(pool)))
+            off = pool.k_off[s.ids], pool.v_off[s.ids], s.ids * POS_BYTES
+            _pack(pool, s, off, (k, v, positions(pool.pos)))
             checksums.sign(pool, s.ids)
         pool.release(pages)
         return streams
@@ -135,8 +129,8 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
     copies = []
     for s in streams:
         (k_off, v_off), buffer = staged(pool, s.kind, len(s.count))
-        pos = torch.empty(len(s.count) * _POS_BYTES, dtype=torch.uint8, device=pool.device)
-        _pack(pool, s, (k_off, v_off, np.arange(len(s.count)) * _POS_BYTES), (buffer, buffer, pos))
+        pos = torch.empty(len(s.count) * POS_BYTES, dtype=torch.uint8, device=pool.device)
+        _pack(pool, s, (k_off, v_off, np.arange(len(s.count)) * POS_BYTES), (buffer, buffer, pos))
         copies.append(([k_off, v_off], buffer, pos))
     pool.release(pages)
     _claim(pool, streams)
@@ -165,18 +159,13 @@ def _pack(pool: PagePool, s: _Stream, off: tuple[np.ndarray, ...], into: tuple[t
     """Write keys, values and positions of the new pages to offsets [m] each in three buffers."""
     (k, v), (k_from, v_from) = s.kind.parts, (pool.arena(tier).data for tier in s.kind.tiers)
     bits = s.bits.view(np.int64)
-    before = pool.k_off[s.pages], pool.v_off[s.pages], s.pages * _POS_BYTES
+    before = pool.k_off[s.pages], pool.v_off[s.pages], s.pages * POS_BYTES
     tier = DISK if s.kind.tier == DISK else HOST  # positions live on the host
     tables = kernel_tables(pool, tier, *before, *off, bits, s.start, s.count)
-    packs = (k_from, *k, pool.dtype), (v_from, *v, pool.dtype), (_pos(pool), CODECS["native"], 1, torch.int32)
+    packs = (k_from, *k, pool.dtype), (v_from, *v, pool.dtype), (positions(pool.pos), CODECS["native"], 1, torch.int32)
     mask, start, count = tables[6:]
     for i, (data, codec, dim, dtype) in enumerate(packs):
         pageops.pack_slots(data, into[i], tables[i], mask, start, tables[i + 3], count, codec, dim, dtype)
-
-
-def _pos(pool: PagePool) -> torch.Tensor:
-    """Positions as bytes: a page is 64 slots of one int32."""
-    return torch.from_numpy(pool.pos).view(torch.uint8).view(-1)
 
 
 def _take(sequence: Sequence, gone: np.ndarray, streams: list[_Stream]) -> None:

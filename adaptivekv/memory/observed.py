@@ -41,7 +41,6 @@ def attention(sequence: Sequence, layer: int, window: int) -> Iterator[torch.Ten
         yield scores.softmax(-1)[..., :sealed]
 
 
-def slots(values: list[torch.Tensor], sequence: Sequence, layer: int) -> np.ndarray:
+def slots(values: list[torch.Tensor]) -> torch.Tensor:
     """One value a sealed slot and head, [P * 64] each, as `Eviction.score` gives them: float32 [H, P, 64]."""
-    shape = sequence.slots(layer)[0].shape
-    return torch.stack(values).float().cpu().numpy().reshape(shape)
+    return torch.stack(values).float().unflatten(1, (-1, PAGE))

@@ -18,6 +18,7 @@ from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.formats import Format
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.regions import Regions
+from adaptivekv.memory.sealed import Sealed
 from adaptivekv.memory.shapes import DEVICE
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Sequence:
         self.bases: Bases | None = None  # of its low-rank pages
         self.retrieve: Picker | None = None  # which pages a decode step reads (None: all)
         self._batches: list[list[tuple[PageBatch, np.ndarray]] | None] = [None] * len(pool.layers)
+        self._sealed: Sealed | None = None
         self._claimed: list[np.ndarray] = []  # pages [H, n] of the layers that have yet to append in this step
         self.version = 0  # rises whenever pages change or move
         self.ring: list[torch.Tensor] = []  # per layer [q_heads, window, k_dim]
@@ -161,7 +163,7 @@ class Sequence:
 
     def touch(self, layer: int | None = None) -> None:
         """Forget what attention prepared for a layer (all layers), because its pages changed or moved."""
-        self.version += 1
+        self.version, self._sealed = self.version + 1, None
         for i in range(len(self._batches)) if layer is None else (layer,):
             self._batches[i] = None
 
@@ -249,6 +251,18 @@ class Sequence:
         ids = self.ids[layer]
         count = np.where(ids >= 0, self.pool.count[ids], 0)
         return np.arange(PAGE) < count[..., None], self.pool.pos[ids]
+
+    @property
+    def sealed(self) -> Sealed:
+        """`slots` of all layers, on the pool's device; made once until the pages change."""
+        if self._sealed is None:
+            self._sealed = Sealed.of(self)
+        return self._sealed
+
+    def counts(self, layer: int) -> np.ndarray:
+        """Sealed slots of each head, [H]."""
+        ids = self.ids[layer]
+        return np.where(ids >= 0, self.pool.count[ids], 0).sum(1)
 
     def keys(self, layer: int, head: int) -> torch.Tensor:
         """Keys of a head's sealed slots in table order, float32 [P * 64, k_dim]; unused slots are 0."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.sequence import Sequence
 
+Positions = TypeVar("Positions", np.ndarray, torch.Tensor)
 KINDS = ("evict", "quantize", "offload", "retrieve")
 """In the order in which a plan applies them."""
 
@@ -103,8 +105,8 @@ def worth(sequence: Sequence, layer: int) -> np.ndarray:
     return np.where(np.isnan(sequence.mass[layer]), last / max(1, sequence.length) - 1.0, sequence.mass[layer])
 
 
-def protected(sequence: Sequence, pos: np.ndarray, sinks: int, window: int) -> np.ndarray:
-    """Positions no eviction may take: sinks, the recent window and the request's protected spans."""
+def protected(sequence: Sequence, pos: Positions, sinks: int, window: int) -> Positions:
+    """Which positions no eviction may take, bool: sinks, the recent window and the request's protected spans."""
     out = (pos < sinks) | (pos >= sequence.length - window)
     for start, end in sequence.protected:
         out |= (pos >= start) & (pos < end)

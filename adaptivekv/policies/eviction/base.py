@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.evict import evict
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, choice, protected, share, whole
-from adaptivekv.policies.eviction.budgets import across_heads, across_layers, dispersion, only, pyramid, top, weighted
+from adaptivekv.policies.eviction.budgets import across_layers, dispersion, of_heads, of_layers, pyramid, weighted
 
 
 @dataclass(frozen=True)
@@ -51,82 +53,80 @@ class Eviction(Stage):
         if self.layers == "measured":  # what this stage needs, beyond what its method does
             object.__setattr__(self, "needs", self.needs | {"queries"})
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        """The worth of every sealed slot, [H, P, 64]; higher is kept."""
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
+        """The worth of every sealed slot, [H, P, 64] on the pool's device; higher is kept."""
         raise TypeError(f"{type(self).__name__} does not score")
 
-    def score_within(self, sequence: Sequence, layer: int, budget: int) -> np.ndarray:
+    def score_within(self, sequence: Sequence, layer: int, budget: int) -> Tensor:
         """`score` where `budget` slots of each head stay, on average: for methods that divide their budget."""
         return self.score(sequence, layer)
 
     def apply(self, sequence: Sequence) -> None:
         if "queries" in type(self).needs and sequence.ring and not sequence.ring_fill:
             return  # a new turn has opened the ring and brought no query yet: pressure must find room elsewhere
-        keep = self.choose(sequence)
-        if any(mask is not None for mask in keep):
+        if (keep := self.choose(sequence)) is not None:
             evict(sequence, keep)
 
-    def choose(self, sequence: Sequence) -> list[np.ndarray | None]:
-        """The slots that stay, layer by layer: bool [H, P, 64], None: all."""
-        scores: dict[int, np.ndarray] = {}
-        budgets = self.budgets(sequence, scores)
-        return [self._best(sequence, layer, target, scores.get(layer)) for layer, target in enumerate(budgets)]
-
-    def _best(self, sequence: Sequence, layer: int, target: int, score: np.ndarray | None = None) -> np.ndarray | None:
-        """The slots that are worth most, `target` of each head or on average, bool [H, P, 64]; None: all."""
-        used, pos = sequence.slots(layer)
-        heads, held = len(used), used.sum(axis=(1, 2))
-        if (held.mean() if self.heads == "adaptive" else held.max(initial=0)) <= target:
+    def choose(self, sequence: Sequence) -> np.ndarray | None:
+        """The slots that stay, as `evict` takes them; None: all."""
+        budgets, scores = self._share_out(sequence)
+        held = [self._held(sequence, layer) for layer in range(len(budgets))]
+        if all(h <= n for h, n in zip(held, budgets, strict=True)):
             return None
-        forced = protected(sequence, pos, self.sinks, self.window)
-        score = np.where(forced, np.inf, self.score_within(sequence, layer, target) if score is None else score)
-        # A float32 read as an integer, the negative ones turned round, sorts like itself; position and head behind it
-        # settle equal scores, the newer one stays: runs of one score must not break determinism.
-        bits = (score.astype(np.float32) + np.float32(0)).view(np.int32)  # -0 becomes 0
-        key = (bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64) << 32
-        key += pos.astype(np.int64) * heads + np.arange(heads)[:, None, None]
-        rank, live, sure = key.reshape(heads, -1), used.reshape(heads, -1), np.isposinf(score).reshape(heads, -1)
+        score = self._sure(sequence, self._scores(sequence, budgets) if scores is None else scores)
         if self.heads == "adaptive":
-            best = across_heads(rank, live, sure, target)
-        else:
-            best = sure | top(only(rank, live), target)
-        return best.reshape(used.shape)
+            return of_layers(sequence.sealed, score, np.array(budgets))
+        return of_heads(sequence.sealed, score, np.repeat(budgets, [len(ids) for ids in sequence.ids]))
+
+    def _held(self, sequence: Sequence, layer: int) -> float:
+        """Sealed slots of a head: what a layer's budget is measured against."""
+        counts = sequence.counts(layer)
+        return counts.mean() if self.heads == "adaptive" else counts.max(initial=0)
+
+    def _scores(self, sequence: Sequence, budgets: list[int]) -> Tensor:
+        """`score_within` of all layers, cell by cell: [n, 64]."""
+        return torch.cat([self.score_within(sequence, layer, n).flatten(0, 1) for layer, n in enumerate(budgets)])
+
+    def _sure(self, sequence: Sequence, score: Tensor) -> Tensor:
+        """Scores of all cells, [n, 64], with those of protected slots made inf in place."""
+        return score.masked_fill_(protected(sequence, sequence.sealed.pos, self.sinks, self.window), torch.inf)
 
     def keep_slots(self, sequence: Sequence) -> int:
         """Sealed slots each head may keep, on average over layers and heads; the tail counts as kept."""
         return max(0, round(self.keep * sequence.length) - sequence.tail_len)
 
-    def budgets(self, sequence: Sequence, scores: dict[int, np.ndarray] | None = None) -> list[int]:
-        """`keep_slots` of each layer. scores: gets those that were needed for it, unless a budget changes them."""
+    def budgets(self, sequence: Sequence) -> list[int]:
+        """`keep_slots` of each layer."""
+        return self._share_out(sequence)[0]
+
+    def _share_out(self, sequence: Sequence) -> tuple[list[int], Tensor | None]:
+        """Budgets, and the scores of all cells where it took these to find them and they stay what they are."""
         mean, layers = self.keep_slots(sequence), range(len(sequence.ids))
         if self.layers in ("uniform", "own"):
-            return [mean for _ in layers]
+            return [mean for _ in layers], None
         sealed = np.arange(sequence.length - sequence.tail_len)
         # what no layer may lose is not shared out, as the paper's window is not
         fixed = min(mean, int(protected(sequence, sealed, self.sinks, self.window).sum()))
         if self.layers == "pyramid":
             shared = pyramid(mean - fixed, len(layers), len(sealed) - fixed)
-            return [fixed + n for n in shared]
-        held = [sequence.slots(layer)[0].sum((1, 2)) for layer in layers]
-        most = [h.mean() if self.heads == "adaptive" else h.max(initial=0) for h in held]
-        most = [max(0, math.ceil(n) - fixed) for n in most]
-        heads = list(map(len, held))
-        if sum(h.sum() for h in held) <= mean * sum(heads):  # all fits: nothing to weigh, nothing to score
+            return [fixed + n for n in shared], None
+        most = [max(0, math.ceil(self._held(sequence, layer)) - fixed) for layer in layers]
+        counts, scores = [sequence.counts(layer) for layer in layers], None
+        heads = list(map(len, counts))
+        if sum(int(n.sum()) for n in counts) <= mean * sum(heads):  # all fits: nothing to weigh, nothing to score
             shared = most
         elif self.layers == "adaptive":
-            found = {layer: self.score_within(sequence, layer, mean) for layer in layers}
-            worth = [score[self._may_go(sequence, layer)] for layer, score in found.items()]
-            shared = across_layers(worth, heads, most, mean - fixed)
-            if scores is not None and type(self).score_within is Eviction.score_within:
-                scores |= found
+            scores = self._scores(sequence, [mean for _ in layers])
+            there = sequence.sealed
+            free = there.used.logical_and_(~protected(sequence, there.pos, self.sinks, self.window))
+            sizes = [a * b * PAGE for a, b in there.shapes]
+            shared = across_layers(scores.masked_fill_(~free, -torch.inf).view(-1), sizes, heads, most, mean - fixed)
+            if type(self).score_within is not Eviction.score_within:
+                scores = None
         else:
             wants = [dispersion(sequence, layer, self.window) for layer in layers] if sequence.ring_fill else most
             shared = weighted(mean - fixed, wants, most)
-        return [fixed + n for n in shared]
-
-    def _may_go(self, sequence: Sequence, layer: int) -> np.ndarray:
-        used, pos = sequence.slots(layer)
-        return used & ~protected(sequence, pos, self.sinks, self.window)
+        return [fixed + n for n in shared], scores
 
     def features(self) -> dict[str, float]:
         needs = type(self).needs
@@ -137,11 +137,7 @@ class Eviction(Stage):
         }
 
 
-def page_scores(values: np.ndarray) -> np.ndarray:
-    """Give every slot its page's value: [H, P] -> [H, P, 64]."""
-    return np.broadcast_to(values[..., None], (*values.shape, PAGE))
-
-
-def slot_scores(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Give every slot its head's value: [H] -> [H, P, 64]."""
-    return np.broadcast_to(values[:, None, None], shape)
+def page_scores(values: np.ndarray, sequence: Sequence) -> Tensor:
+    """Give every slot its page's value, float32: [H, P] -> [H, P, 64]."""
+    there = torch.from_numpy(values.astype(np.float32)).to(sequence.pool.device)
+    return there[..., None].expand(*values.shape, PAGE)

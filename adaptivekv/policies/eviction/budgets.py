@@ -6,8 +6,11 @@ from collections.abc import Sequence as Row
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from adaptivekv.kernels.topslots import nth, top_slots
 from adaptivekv.memory.observed import attention
+from adaptivekv.memory.sealed import Sealed
 from adaptivekv.memory.sequence import Sequence
 
 BETA = 20  # PyramidKV: the last layer gets a 20th of the mean, where the first has room for the rest
@@ -62,41 +65,54 @@ def weighted(mean: int, weights: Row[float], most: Row[int]) -> list[int]:
     return down.astype(int).tolist()
 
 
-def across_layers(scores: Row[np.ndarray], heads: Row[int], most: Row[int], mean: int) -> list[int]:
+def across_layers(score: Tensor, sizes: list[int], heads: Row[int], most: Row[int], mean: int) -> list[int]:
     """Budgets of a head in each layer where all slots compete for room for `mean` a head: the best are counted.
 
-    KVzip, https://arxiv.org/abs/2505.23416. scores: of what may go in each layer, [n]. Where all fits, each gets its
-    `most`; else a layer's count is rounded down to a whole number a head.
+    KVzip, https://arxiv.org/abs/2505.23416. score: of all layers, `sizes` elements of each; -inf does not compete.
+    Where all fits, each gets its `most`; else a layer's count is rounded down to a whole number a head.
     """
-    worth, total = np.concatenate(scores), mean * sum(heads)
-    if not total or not len(worth):
-        return [0] * len(scores)
-    if len(worth) <= total:
+    rivals, total = int(torch.count_nonzero(score > -torch.inf)), mean * sum(heads)
+    if not total or not rivals:
+        return [0] * len(sizes)
+    if rivals <= total:
         return list(most)
-    least = np.partition(worth, -total)[-total]  # a prompt has millions: no sorting
-    counts, ties = (np.array([test(score, least).sum() for score in scores]) for test in (np.greater, np.equal))
+    least = nth(score, total)
+    both = ([torch.count_nonzero(part) for part in test(score, least).split(sizes)] for test in (torch.gt, torch.eq))
+    counts, ties = (torch.stack(parts).cpu().numpy() for parts in both)
     counts += np.diff(np.minimum(np.cumsum(ties), total - counts.sum()), prepend=0)  # in the order of layers
     return (counts // heads).tolist()
 
 
-def only(key: np.ndarray, these: np.ndarray) -> np.ndarray:
-    """`key` of these, elsewhere less than any; all differ, for among equals `np.partition` takes 70 times as long."""
-    return np.where(these, key, np.iinfo(np.int64).min + np.arange(key.size).reshape(key.shape))
-
-
-def top(key: np.ndarray, n: int) -> np.ndarray:
-    """The `n` largest of each row, bool [R, N]."""
+def elect(values: Tensor, n: int) -> Tensor:
+    """The `n` largest of each head and what equals the last of them: bool like `values`, [H, P, 64]."""
     if n <= 0:
-        return np.zeros(key.shape, bool)
-    return key >= np.partition(key, -n, axis=1)[:, -n, None]
+        return torch.zeros_like(values, dtype=torch.bool)
+    return values >= values.flatten(1).topk(n, 1, sorted=False).values.amin(1)[:, None, None]
 
 
-def across_heads(key: np.ndarray, used: np.ndarray, forced: np.ndarray, mean: int) -> np.ndarray:
-    """`mean` slots a head on average, the best of all heads together; each [H, N].
+def of_heads(sealed: Sealed, score: Tensor, keep: np.ndarray) -> np.ndarray:
+    """The best of each head, `keep` of it: uint64, a bit a slot, for every cell.
+
+    score: of all cells, [n, 64]; inf: it stays. keep: of the heads of all layers. Of equal scores the newer stays.
+    """
+    return _top(sealed, score, sealed.head_edges, keep).cpu().numpy().view(np.uint64)
+
+
+def of_layers(sealed: Sealed, score: Tensor, keep: np.ndarray) -> np.ndarray:
+    """`of_heads` where the heads of a layer compete. keep: of each layer, a head on average.
 
     Ada-KV, https://arxiv.org/abs/2407.11550, with its safeguard: a head's own best FLOOR x mean are never given away.
     """
-    safe = used & (forced | top(only(key, used), int(FLOOR * mean)))
-    others = only(key, used & ~safe)
-    best = top(others.reshape(1, -1), mean * len(key) - int(safe.sum())).reshape(key.shape)
-    return safe | (used & best)
+    heads, _ = np.array(sealed.shapes).T
+    floor = np.repeat((FLOOR * keep).astype(int), heads)
+    safe = _top(sealed, score, sealed.head_edges, floor)
+    return _top(sealed, score, sealed.edges, heads * keep, safe).cpu().numpy().view(np.uint64)
+
+
+def _top(sealed: Sealed, score: Tensor, edges: list[int], keep: np.ndarray, sure: Tensor | None = None) -> Tensor:
+    edge, many = (torch.from_numpy(np.array(x, np.int64)).to(score.device) for x in (edges, keep))
+    out = torch.empty(len(score), dtype=torch.int64, device=score.device)
+    sure = torch.zeros_like(out) if sure is None else sure
+    heads = max(heads for heads, _ in sealed.shapes)
+    top_slots(score.float(), sealed.pos, sealed.count, sealed.head, heads, edge, many, sure, out)
+    return out

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.observed import attention
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected
-from adaptivekv.policies.eviction.base import Eviction, slot_scores
+from adaptivekv.policies.eviction.base import Eviction
+from adaptivekv.policies.eviction.budgets import of_heads
 
 
 @dataclass(frozen=True)
@@ -44,35 +47,32 @@ class Duo(Eviction):
                 )
         super().__post_init__()
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        used, pos = sequence.slots(layer)
-        return slot_scores(self._worth(sequence, layer, self._free(sequence, used, pos)), used.shape)
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
+        worth, (used, _) = self._worth(sequence, layer), sequence.sealed.layer(layer)
+        return worth[:, None, None].expand(used.shape)
 
-    def choose(self, sequence: Sequence) -> list[np.ndarray | None]:
-        both = [sequence.slots(layer) for layer in range(len(sequence.ids))]
-        held = sum(int(used.sum()) for used, _ in both)
-        budget = self.keep_slots(sequence) * sum(len(used) for used, _ in both)
-        if held <= budget:
-            return [None for _ in both]
-        free = [self._free(sequence, used, pos) for used, pos in both]
-        wants = np.concatenate([f.sum((1, 2)) for f in free])  # of each head, numbered through all layers
-        worth = np.concatenate([self._worth(sequence, layer, f) for layer, f in enumerate(free)])
+    def choose(self, sequence: Sequence) -> np.ndarray | None:
+        layers = range(len(sequence.ids))
+        held = np.concatenate([sequence.counts(layer) for layer in layers])  # of each head of all layers
+        budget = self.keep_slots(sequence) * len(held)
+        if held.sum() <= budget:
+            return None
+        wants = torch.cat([self._free(sequence, layer).sum((1, 2)) for layer in layers]).cpu().numpy()
+        worth = torch.cat([self._worth(sequence, layer) for layer in layers]).cpu().numpy()
         order = np.argsort(-worth, kind="stable")
         before = np.cumsum(wants[order]) - wants[order]
         gets = np.zeros_like(wants)
-        gets[order] = np.clip(budget - (held - wants.sum()) - before, 0, wants[order])
-        ends = np.cumsum([len(f) for f in free])[:-1]
-        keep: list[np.ndarray | None] = []
-        for (used, pos), f, n in zip(both, free, np.split(gets, ends), strict=True):
-            age = np.where(f, -pos, 1).reshape(len(f), -1).argsort(1).argsort(1).reshape(f.shape)  # 0: the newest
-            keep.append(used & ~f | f & (age < n[:, None, None]))
-        return keep
+        gets[order] = np.clip(budget - (held - wants).sum() - before, 0, wants[order])
+        newest = self._sure(sequence, sequence.sealed.pos.float())
+        return of_heads(sequence.sealed, newest, held - wants + gets)
 
-    def _free(self, sequence: Sequence, used: np.ndarray, pos: np.ndarray) -> np.ndarray:
+    def _free(self, sequence: Sequence, layer: int) -> Tensor:
         """The slots that a streaming head gives up, bool [H, P, 64]."""
+        used, pos = sequence.sealed.layer(layer)
         return used & ~protected(sequence, pos, self.sinks, self.window)
 
-    def _worth(self, sequence: Sequence, layer: int, free: np.ndarray) -> np.ndarray:
-        """Attention to `free` slots, of 1, head by head: float32 [H]."""
-        mean = [w.mean((0, 1)).cpu().numpy() for w in attention(sequence, layer, self.window)]
-        return np.array([w[f.ravel()].sum() for w, f in zip(mean, free, strict=True)], np.float32)
+    def _worth(self, sequence: Sequence, layer: int) -> Tensor:
+        """Attention to the slots that a streaming head gives up, of 1, head by head: [H]."""
+        mean = [w.mean((0, 1)) for w in attention(sequence, layer, self.window)]
+        free = self._free(sequence, layer).flatten(1)
+        return torch.stack([w.masked_fill(~f, 0).sum() for w, f in zip(mean, free, strict=True)])

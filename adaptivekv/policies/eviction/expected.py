@@ -30,7 +30,7 @@ class Expected(Eviction):
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> torch.Tensor:
         _, pos = sequence.slots(layer)
         out = []
         for h, scores in enumerate(logits(sequence, layer, self.window, causal=False)):  # the future sees all keys
@@ -39,7 +39,7 @@ class Expected(Eviction):
             expected[:, : len(sealed)].masked_fill_(sealed < self.sinks, -torch.inf)
             weight = expected.softmax(-1).mean(0)[: len(sealed)]
             out.append(weight * _value_norms(sequence, layer, h))
-        return slots(out, sequence, layer)
+        return slots(out)
 
 
 def _value_norms(sequence: Sequence, layer: int, head: int) -> torch.Tensor:

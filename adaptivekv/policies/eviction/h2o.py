@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+from torch import Tensor
 
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import worth
@@ -26,5 +26,5 @@ class H2O(Eviction):
     needs: ClassVar[frozenset[str]] = frozenset({"mass"})
     growing: ClassVar[bool] = True
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        return page_scores(worth(sequence, layer))
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
+        return page_scores(worth(sequence, layer), sequence)

@@ -44,7 +44,7 @@ class HashEvict(Eviction):
         draw = np.random.default_rng([self.seed, layer]).standard_normal((vectors.shape[-1], self.bits), np.float32)
         return (vectors @ torch.from_numpy(draw).to(vectors.device) >= 0).float() * 2 - 1
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> torch.Tensor:
         heads = len(sequence.ids[layer])
         queries = sequence.observed(layer)[:, -self.window :].float()
         queries = self.codes(queries.reshape(heads, -1, queries.shape[-1]), layer)  # [H, G * W, bits]
@@ -52,4 +52,4 @@ class HashEvict(Eviction):
         for h, total in enumerate(queries.sum(1)):
             agree = self.codes(sequence.keys(layer, h), layer) @ total / queries.shape[1]  # bits - 2 x distance
             out.append((agree - self.bits) / 2)
-        return slots(out, sequence, layer)
+        return slots(out)

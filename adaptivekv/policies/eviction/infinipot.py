@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from adaptivekv.memory.observed import attention, slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected, share
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.budgets import top
+from adaptivekv.policies.eviction.budgets import elect
 from adaptivekv.policies.eviction.keydiff import likeness
 
 
@@ -39,14 +40,14 @@ class InfiniPot(Eviction):
         super().__post_init__()
         object.__setattr__(self, "novelty", share("novelty", self.novelty))
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
         return self.score_within(sequence, layer, self.budgets(sequence)[layer])
 
-    def score_within(self, sequence: Sequence, layer: int, budget: int) -> np.ndarray:
-        used, pos = sequence.slots(layer)
-        looked_at = slots([w.mean((0, 1)) for w in attention(sequence, layer, self.window)], sequence, layer)
-        new = 1 - slots(likeness(sequence, layer), sequence, layer)
+    def score_within(self, sequence: Sequence, layer: int, budget: int) -> Tensor:
+        used, pos = sequence.sealed.layer(layer)
+        looked_at = slots([w.mean((0, 1)) for w in attention(sequence, layer, self.window)])
+        new = 1 - slots(likeness(sequence, layer))
         sure = used & protected(sequence, pos, self.sinks, self.window)
-        free = np.where(used & ~sure, new, -1).reshape(len(new), -1)  # novelty is never below 0
-        elected = top(free, round(self.novelty * (budget - int(sure.sum((1, 2)).max())))).reshape(new.shape)
-        return np.where(elected, 2 + new, looked_at)  # attention is at most 1: it fills what novelty leaves
+        budget -= int(sure.sum((1, 2)).max())
+        elected = elect(torch.where(used & ~sure, new, -1), round(self.novelty * budget))
+        return torch.where(elected, 2 + new, looked_at)  # attention is at most 1: it fills what novelty leaves

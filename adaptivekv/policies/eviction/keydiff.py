@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -26,17 +25,16 @@ class KeyDiff(Eviction):
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.15364"
     growing: ClassVar[bool] = True
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        return slots([-like for like in likeness(sequence, layer)], sequence, layer)
+    def score(self, sequence: Sequence, layer: int) -> torch.Tensor:
+        return -slots(likeness(sequence, layer))
 
 
 def likeness(sequence: Sequence, layer: int) -> list[torch.Tensor]:
     """cos(k, anchor) of the sealed slots in table order, [P * 64] a head; the open tail has its say in the anchor."""
-    used, tail = sequence.slots(layer)[0], sequence.tail(layer)[0].float()
-    out = []
-    for h in range(len(used)):
+    tail, out = sequence.tail(layer)[0].float(), []
+    for h, held in enumerate(sequence.counts(layer).tolist()):
         keys = sequence.keys(layer, h)  # unused slots are 0 and add nothing to the sum
         total = normalize(keys, dim=-1).sum(0) + normalize(tail[h], dim=-1).sum(0)
-        anchor = total / max(1, int(used[h].sum()) + sequence.tail_len)
+        anchor = total / max(1, held + sequence.tail_len)
         out.append(cosine_similarity(keys, anchor[None], dim=-1))
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+from torch import Tensor
 
 from adaptivekv.memory.observed import slots
 from adaptivekv.memory.sequence import Sequence
@@ -24,6 +24,6 @@ class KNorm(Eviction):
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.11430"
     growing: ClassVar[bool] = True
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
         heads = range(len(sequence.ids[layer]))
-        return slots([-sequence.keys(layer, h).norm(dim=-1) for h in heads], sequence, layer)
+        return -slots([sequence.keys(layer, h).norm(dim=-1) for h in heads])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+from torch import Tensor
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.sequence import Sequence
@@ -33,7 +33,7 @@ class KVzap(KVzip):
     def apply(self, sequence: Sequence) -> None:
         Eviction.apply(self, sequence)
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
         if not sequence.pool.surrogate:
             raise AdaptiveKVError(f"plan {self}: needs {NEEDS['surrogate']}")
         foretell(sequence, sequence.pool.surrogate)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
@@ -35,8 +36,9 @@ class KVzip(Eviction):
         if self.by_credit in sequence.credits:  # while a prompt is still being read nothing can be said
             super().apply(sequence)
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        credit, (used, pos) = sequence.credits[self.by_credit][layer], sequence.slots(layer)
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
+        used, pos = sequence.sealed.layer(layer)
+        credit = torch.from_numpy(sequence.credits[self.by_credit][layer]).to(pos.device, non_blocking=True)
         known = used & (pos < credit.shape[1])  # the position of an unused slot is whatever memory held
-        heads = np.arange(len(credit))[:, None, None]
-        return np.where(known, credit[heads, np.where(known, pos, 0)], np.inf)  # what came later is kept
+        found = credit.gather(1, torch.where(known, pos, 0).flatten(1).long()).view(pos.shape)
+        return found.masked_fill_(~known, torch.inf)  # what came later is kept

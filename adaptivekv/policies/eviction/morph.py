@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+from torch import Tensor
 
 from adaptivekv.memory.observed import attention, slots
 from adaptivekv.memory.sequence import Sequence
@@ -34,6 +34,6 @@ class Morph(Eviction):
         super().__post_init__()
         choice("fusion", self.fusion, "sum", "max")
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
         recent = [weights.mean(0) for weights in attention(sequence, layer, self.window)]  # [W, P * 64] a head
-        return slots([w.sum(0) if self.fusion == "sum" else w.amax(0) for w in recent], sequence, layer)
+        return slots([w.sum(0) if self.fusion == "sum" else w.amax(0) for w in recent])

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from adaptivekv.memory.observed import attention, slots
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected, share, whole
 from adaptivekv.policies.eviction.base import Eviction
-from adaptivekv.policies.eviction.budgets import top
+from adaptivekv.policies.eviction.budgets import elect
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,15 @@ class NACL(Eviction):
         object.__setattr__(self, "random", share("random", self.random))
         object.__setattr__(self, "seed", whole("seed", self.seed))
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
         return self.score_within(sequence, layer, self.budgets(sequence)[layer])
 
-    def score_within(self, sequence: Sequence, layer: int, budget: int) -> np.ndarray:
-        used, pos = sequence.slots(layer)
-        votes = slots([w.sum((0, 1)) for w in attention(sequence, layer, self.window)], sequence, layer)
-        drawn = votes + np.random.default_rng([self.seed, layer]).gumbel(size=votes.shape)
+    def score_within(self, sequence: Sequence, layer: int, budget: int) -> Tensor:
+        used, pos = sequence.sealed.layer(layer)
+        votes = slots([w.sum((0, 1)) for w in attention(sequence, layer, self.window)])
+        noise = np.random.default_rng([self.seed, layer]).gumbel(size=votes.shape).astype(np.float32)
+        drawn = votes + torch.from_numpy(noise).to(votes.device)
         sure = used & protected(sequence, pos, self.sinks, self.window)
         budget -= int(sure.sum((1, 2)).max())
-        free = np.where(used & ~sure, votes, -1).reshape(len(votes), -1)
-        elected = top(free, round((1 - self.random) * budget)).reshape(votes.shape)
-        return np.where(elected, votes, drawn - drawn.max() - 1)  # any that was drawn comes after all elected
+        elected = elect(torch.where(used & ~sure, votes, -1), round((1 - self.random) * budget))
+        return torch.where(elected, votes, drawn - drawn.max() - 1)  # any that was drawn comes after all elected

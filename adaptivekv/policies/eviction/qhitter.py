@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import share, worth
 from adaptivekv.policies.eviction.base import Eviction, page_scores
@@ -36,21 +38,20 @@ class QHitter(Eviction):
         super().__post_init__()
         object.__setattr__(self, "friendly", share("friendly", self.friendly))
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        used, _ = sequence.slots(layer)
-        mass, error = page_scores(worth(sequence, layer)), _errors(sequence, layer)
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
+        used, _ = sequence.sealed.layer(layer)
+        mass, error = page_scores(worth(sequence, layer), sequence), _errors(sequence, layer)
         return (1 - self.friendly) * _ranks(mass, used) + self.friendly * _ranks(-error, used)
 
 
-def _errors(sequence: Sequence, layer: int) -> np.ndarray:
+def _errors(sequence: Sequence, layer: int) -> Tensor:
     """Step against length of every slot's key and value, [H, P, 64]; unused slots hold anything."""
     ids, pool = sequence.ids[layer], sequence.pool
-    out = np.zeros((*ids.shape, sequence.slots(layer)[0].shape[2]), np.float32)
+    out = torch.zeros(*ids.shape, PAGE, device=pool.device)
     for group in pool.groups(ids[ids >= 0]):
-        at = np.isin(ids, group)
-        error = sum(_relative_range(part) for part in pool.read(ids[at]))
-        assert isinstance(error, torch.Tensor)
-        out[at] = error.cpu().numpy()
+        at = np.flatnonzero(np.isin(ids, group))
+        k, v = pool.read(ids.ravel()[at])
+        out.view(-1, PAGE)[torch.from_numpy(at).to(out.device)] = _relative_range(k) + _relative_range(v)
     return out
 
 
@@ -58,11 +59,9 @@ def _relative_range(x: torch.Tensor) -> torch.Tensor:
     return (x.amax(-1) - x.amin(-1)) / x.norm(dim=-1).clamp(min=1e-6)
 
 
-def _ranks(values: np.ndarray, used: np.ndarray) -> np.ndarray:
+def _ranks(values: Tensor, used: Tensor) -> Tensor:
     """Ranks of each head's used slots, 0 to 1, equal values sharing the middle of theirs: [H, P, 64]."""
-    out = np.zeros(values.shape, np.float32)
-    for head, mine in enumerate(used):
-        _, at, count = np.unique(values[head][mine], return_inverse=True, return_counts=True)
-        middle = np.cumsum(count) - (count + 1) / 2
-        out[head][mine] = middle[at.ravel()] / max(1, mine.sum() - 1)
-    return out
+    flat = torch.where(used, values, torch.inf).flatten(1)
+    order = flat.sort(1).values
+    middle = (torch.searchsorted(order, flat) + torch.searchsorted(order, flat, right=True) - 1) / 2
+    return (middle / (used.flatten(1).sum(1, keepdim=True) - 1).clamp(min=1)).view(values.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+from torch import Tensor
 from torch.nn import functional
 
 from adaptivekv.memory.observed import attention, slots
@@ -37,7 +37,7 @@ class SnapKV(Eviction):
         object.__setattr__(self, "pool", whole("pool", self.pool, 1))
         choice("pooling", self.pooling, "mean", "max")
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
         out = []
         for weights in attention(sequence, layer, self.window):
             votes = weights.flatten(0, 1).mean(0)[None]  # [1, P * 64]
@@ -46,4 +46,4 @@ class SnapKV(Eviction):
             else:
                 pooled = functional.avg_pool1d(votes, self.pool, 1, self.pool // 2, count_include_pad=False)
             out.append(pooled[0, : votes.shape[1]])  # an even pool gives one more
-        return slots(out, sequence, layer)
+        return slots(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+from torch import Tensor
 
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
@@ -24,5 +24,5 @@ class Streaming(Eviction):
     growing: ClassVar[bool] = True
     by: ClassVar[str] = "recency"
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        return sequence.slots(layer)[1].astype(np.float32)
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
+        return sequence.sealed.layer(layer)[1].float()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from adaptivekv.memory.observed import attention, slots
+from adaptivekv.memory.observed import attention
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
 
@@ -26,9 +27,10 @@ class TOVA(Eviction):
     paper: ClassVar[str] = "https://arxiv.org/abs/2401.06104"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
-    def score(self, sequence: Sequence, layer: int) -> np.ndarray:
-        _, pos = sequence.slots(layer)
-        weights = slots([w[:, 0].mean(0) for w in attention(sequence, layer, 1)], sequence, layer)
-        # heads may hold a token in different slots, or not at all: they meet at its position
-        votes = np.bincount(pos.ravel(), weights.ravel(), sequence.length) / len(pos)  # unused slots add 0
-        return votes[pos].astype(np.float32)
+    def score(self, sequence: Sequence, layer: int) -> Tensor:
+        used, pos = sequence.sealed.layer(layer)
+        weights = torch.stack([w[:, 0].mean(0) for w in attention(sequence, layer, 1)])  # [H, P * 64]
+        # heads may hold a token in different slots, or not at all: they meet at its position, unused slots behind all
+        at = torch.where(used, pos, sequence.length).flatten(1).long()
+        votes = weights.new_zeros(len(at), sequence.length + 1).scatter_(1, at, weights).mean(0)
+        return votes[at].view(pos.shape)

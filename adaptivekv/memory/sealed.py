@@ -1,0 +1,77 @@
+"""Where the sealed slots of a request stand, beside the keys: what an eviction scores and chooses from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptivekv.kernels import pageops
+from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.shapes import HOST
+from adaptivekv.memory.transfer import kernel_tables
+
+if TYPE_CHECKING:
+    from adaptivekv.memory.sequence import Sequence
+
+POS_BYTES = PAGE * 4
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """Of every cell (pagelists.py), on the pool's device: pos, original positions, int32 [n, 64], anything for unused
+    slots; count, used slots, int32 [n], 0 where there is no page; head, within its layer, int32 [n].
+
+    shapes: heads and columns of each layer.
+    """
+
+    pos: Tensor
+    count: Tensor
+    head: Tensor
+    shapes: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> Sealed:
+        pool, (_, ids) = sequence.pool, sequence.cells()
+        count = np.where(ids >= 0, pool.count[ids], 0)
+        if pool.device.type == "cuda":  # 256 bytes a page over the bus, by a kernel
+            raw = torch.empty(len(ids) * POS_BYTES, dtype=torch.uint8, device=pool.device)
+            here, there = np.maximum(ids, 0) * POS_BYTES, np.arange(len(ids)) * POS_BYTES
+            src, dst = kernel_tables(pool, HOST, here, there)
+            pageops.copy_parts(positions(pool.pos), raw, src, dst, POS_BYTES)
+            pos = raw.view(torch.int32).view(-1, PAGE)
+        else:
+            pos = torch.from_numpy(pool.pos[ids])
+        head = np.concatenate([np.repeat(np.arange(len(x)), x.shape[1]) for x in sequence.ids])
+        both = torch.from_numpy(np.stack([count, head]).astype(np.int32)).to(pool.device)
+        return cls(pos, both[0], both[1], [x.shape for x in sequence.ids])
+
+    @property
+    def edges(self) -> list[int]:
+        """Where the cells of each layer begin, and where the last ends."""
+        return list(accumulate((heads * columns for heads, columns in self.shapes), initial=0))
+
+    @property
+    def used(self) -> Tensor:
+        """Bool [n, 64]."""
+        return torch.arange(PAGE, device=self.pos.device) < self.count[:, None]
+
+    @property
+    def head_edges(self) -> list[int]:
+        """Where the cells of each head begin, and where the last ends."""
+        return list(accumulate((columns for heads, columns in self.shapes for _ in range(heads)), initial=0))
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Used (bool) and pos of one layer, [H, P, 64] each."""
+        cut = slice(*self.edges[layer : layer + 2])
+        part = Sealed(self.pos[cut], self.count[cut], self.head[cut], self.shapes[layer : layer + 1])
+        return part.used.view(*self.shapes[layer], PAGE), part.pos.view(*self.shapes[layer], PAGE)
+
+
+def positions(pos: np.ndarray) -> Tensor:
+    """Positions of pages, int32 [n, 64], as bytes: a page is 64 slots of one int32."""
+    return torch.from_numpy(pos).view(torch.uint8).view(-1)
