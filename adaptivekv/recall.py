@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +26,7 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
     `Sequence.credits`; those of an earlier turn stay. Costs about as much as reading the prompt did; stores nothing.
     """
     for sequence in cache.sequences:
-        old = sequence.credits.get("recall") or [np.zeros((len(x), 0), np.float32) for x in sequence.ids]
-        sequence.credits["recall"] = [np.pad(x, ((0, 0), (0, sequence.length - x.shape[1]))) for x in old]
+        sequence.credit("recall", sequence.length)
     real = torch.ones_like(ids) if mask is None else mask.to(ids)
     seen = torch.tensor([sequence.length for sequence in cache.sequences], device=ids.device)[:, None]
     cache.recalling = True

@@ -1,13 +1,11 @@
 """What the host does between decode steps, without the kernels: milliseconds for the page tables of an 8B model.
 
     python -m experiments.bookkeeping --out experiments/results/bookkeeping.json
-    python -m experiments.bookkeeping --choices --out experiments/results/choices.json
 
 32 layers of 8 KV heads, with heads of 8 elements so that the data is next to nothing. `seal`: a
 full tail; `keep`: the plan's upkeep after it; `update`: the tables that captured steps read
 (the sorting in it runs on the device, here the processor). `collection`: one full garbage collection of a process with
-torch, transformers and Triton, and one after `gc.freeze`. `--choices`: instead, what an eviction needs to choose among
-slots that are scored already.
+torch, transformers and Triton, and one after `gc.freeze`.
 """
 
 from __future__ import annotations
@@ -80,26 +78,13 @@ def _measure(sequence: Sequence, plan: Plan, tokens: int, repeat: int) -> dict[s
     return {key: round(statistics.median(values), 2) for key, values in out.items()}
 
 
-def choice(tokens: int, text: str, repeat: int = 5) -> float:
-    """Median of `repeat` choices, of which none is carried out."""
-    sequence, draws, stage = filled(tokens), np.random.default_rng(0), Plan.parse(text).stage("evict")
-    sequence.credits["recall"] = [draws.random((HEADS, tokens), np.float32) for _ in range(LAYERS)]
-    return round(statistics.median(ms(lambda: stage.choose(sequence)) for _ in range(repeat)), 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--choices", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     output.check(args.out)
     torch.set_num_threads(1)
     machine = f"{platform.processor() or platform.machine()}, one thread"
-    if args.choices:
-        cases = [(n, p) for n in (4096, 32768) for p in ("streaming(0.5)", "kvzip(0.5, layers=uniform)", "kvzip(0.5)")]
-        chosen = [{"tokens": n, "plan": p, "ms": choice(n, p)} for n, p in cases]
-        output.emit("bookkeeping", {"machine": machine, "rows": chosen}, args.out)
-        return
     gc.collect()
     collection = ms(gc.collect)
     rows = [{"tokens": n, "plan": p} | measure(n, p) for n, p in ((1024, "full"), (32768, "full"), (32768, "int4"))]

@@ -7,7 +7,7 @@ import torch
 from interpreter import SEED, run_in_interpreter
 
 from adaptivekv.kernels import PAGE
-from adaptivekv.kernels.topslots import top_slots
+from adaptivekv.kernels.topslots import nth, sampled_nth, top_slots
 
 
 def case(seed: int, pages: int = 9) -> tuple[Any, ...]:
@@ -47,6 +47,21 @@ def test_the_best_of_each_run_stay(seed):
         )
         want |= stay | set(rest[: max(0, n - len(stay))])
     assert chosen(out) == want
+
+
+@pytest.mark.parametrize("n", [1, 7, 40_000, 150_000, 199_000])
+@pytest.mark.parametrize("kind", ["any", "equal", "sorted", "unlike its sample"])
+def test_the_nth_is_that_of_sorting(kind, n):
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(n))
+    if kind == "equal":
+        x = x.round()
+    elif kind == "sorted":
+        x = x.sort().values
+    elif kind == "unlike its sample":
+        x[::3] += 9
+    want = x.sort(descending=True).values[n - 1]
+    assert sampled_nth(x, n) == want
+    assert nth(torch.cat([x, torch.full((999,), -torch.inf)]), n) == want
 
 
 def check_triton(device: str, cases: int, pages: int) -> None:

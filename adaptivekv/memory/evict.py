@@ -41,7 +41,7 @@ def evict(sequence: Sequence, keep: np.ndarray) -> None:
     broken = np.flatnonzero(np.bitwise_count(bits) < count)
     if not len(broken):
         return
-    rows, pages, bits = row[broken], ids[broken], bits[broken]
+    rows, pages, bits = _some(broken, row, ids, bits)
     cuts: list[np.ndarray] = [np.arange(len(broken))]
     done: list[list[_Stream]] = []
     try:
@@ -56,6 +56,11 @@ def evict(sequence: Sequence, keep: np.ndarray) -> None:
         if done:
             gone = np.concatenate(cuts[: len(done)])
             _take(sequence, broken[gone], [stream for streams in done for stream in streams])
+
+
+def _some(at: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Elements `at` of each; the arrays themselves where that is all of them."""
+    return arrays if len(at) == len(arrays[0]) else tuple(x[at] for x in arrays)
 
 
 @dataclass
@@ -109,9 +114,9 @@ def _repack(pool: PagePool, rows: np.ndarray, pages: np.ndarray, bits: np.ndarra
 
     beside: the new pages get room before the old ones lose theirs; else they wait in a temporary copy.
     """
-    some = np.flatnonzero(bits)
-    checksums.verify(pool, pages[some])
-    streams = [_stream(pool, rows[some[at]], pages[some[at]], bits[some[at]]) for at in pool.kinds(pages[some])]
+    rows, live, bits = _some(np.flatnonzero(bits), rows, pages, bits)
+    checksums.verify(pool, live)
+    streams = [_stream(pool, rows[at], live[at], bits[at]) for at in pool.kinds(live)]
     if beside:
         _claim(pool, streams)
         for s in streams:

@@ -330,7 +330,7 @@ class PagePool:
         left = self.ref[ids] - 1
         assert (left >= 0).all(), "page released twice"
         self.ref[ids] = left
-        dead = ids[left == 0]
+        dead = ids[left == 0] if left.any() else ids
         bound = dead[self.b_off[dead] >= 0]
         for at in self.kinds(dead):
             self.vacate(dead[at])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -24,21 +25,23 @@ POS_BYTES = PAGE * 4
 @dataclass(frozen=True)
 class Sealed:
     """Of every cell (pagelists.py), on the pool's device: pos, original positions, int32 [n, 64], anything for unused
-    slots; count, used slots, int32 [n], 0 where there is no page; head, within its layer, int32 [n].
+    slots; count, used slots, int32 [n], 0 where there is no page.
 
     shapes: heads and columns of each layer.
     """
 
     pos: Tensor
     count: Tensor
-    head: Tensor
     shapes: list[tuple[int, ...]]
 
     @classmethod
     def of(cls, sequence: Sequence) -> Sealed:
         pool, (_, ids) = sequence.pool, sequence.cells()
-        count = np.where(ids >= 0, pool.count[ids], 0)
-        if pool.device.type == "cuda":  # 256 bytes a page over the bus, by a kernel
+        count, first = np.where(ids >= 0, pool.count[ids], 0), pool.first[ids]
+        held = torch.from_numpy(count).to(pool.device)
+        if ((pool.last[ids] - first == count - 1) | (count == 0)).all():  # as the prompt left them
+            pos = torch.from_numpy(first).to(pool.device)[:, None] + torch.arange(PAGE, dtype=torch.int32).to(held)
+        elif pool.device.type == "cuda":  # 256 bytes a page over the bus, by a kernel
             raw = torch.empty(len(ids) * POS_BYTES, dtype=torch.uint8, device=pool.device)
             here, there = np.maximum(ids, 0) * POS_BYTES, np.arange(len(ids)) * POS_BYTES
             src, dst = kernel_tables(pool, HOST, here, there)
@@ -46,30 +49,37 @@ class Sealed:
             pos = raw.view(torch.int32).view(-1, PAGE)
         else:
             pos = torch.from_numpy(pool.pos[ids])
-        head = np.concatenate([np.repeat(np.arange(len(x)), x.shape[1]) for x in sequence.ids])
-        both = torch.from_numpy(np.stack([count, head]).astype(np.int32)).to(pool.device)
-        return cls(pos, both[0], both[1], [x.shape for x in sequence.ids])
+        return cls(pos, held, [x.shape for x in sequence.ids])
 
-    @property
-    def edges(self) -> list[int]:
-        """Where the cells of each layer begin, and where the last ends."""
-        return list(accumulate((heads * columns for heads, columns in self.shapes), initial=0))
-
-    @property
+    @cached_property
     def used(self) -> Tensor:
         """Bool [n, 64]."""
         return torch.arange(PAGE, device=self.pos.device) < self.count[:, None]
+
+    @cached_property
+    def head(self) -> Tensor:
+        """Of its layer, int32 [n]."""
+        head = np.concatenate([np.repeat(np.arange(heads, dtype=np.int32), columns) for heads, columns in self.shapes])
+        return torch.from_numpy(head).to(self.pos.device)
+
+    @cached_property
+    def edges(self) -> list[int]:
+        """Where the cells of each layer begin, and where the last ends."""
+        return list(accumulate((heads * columns for heads, columns in self.shapes), initial=0))
 
     @property
     def head_edges(self) -> list[int]:
         """Where the cells of each head begin, and where the last ends."""
         return list(accumulate((columns for heads, columns in self.shapes for _ in range(heads)), initial=0))
 
+    def part(self, values: Tensor, layer: int) -> Tensor:
+        """Values of all cells, [n, 64], of one layer: [H, P, 64]."""
+        start, end = self.edges[layer : layer + 2]
+        return values[start:end].view(*self.shapes[layer], PAGE)
+
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Used (bool) and pos of one layer, [H, P, 64] each."""
-        cut = slice(*self.edges[layer : layer + 2])
-        part = Sealed(self.pos[cut], self.count[cut], self.head[cut], self.shapes[layer : layer + 1])
-        return part.used.view(*self.shapes[layer], PAGE), part.pos.view(*self.shapes[layer], PAGE)
+        return self.part(self.used, layer), self.part(self.pos, layer)
 
 
 def positions(pos: np.ndarray) -> Tensor:

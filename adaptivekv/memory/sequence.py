@@ -259,10 +259,12 @@ class Sequence:
             self._sealed = Sealed.of(self)
         return self._sealed
 
-    def counts(self, layer: int) -> np.ndarray:
-        """Sealed slots of each head, [H]."""
-        ids = self.ids[layer]
-        return np.where(ids >= 0, self.pool.count[ids], 0).sum(1)
+    def counts(self) -> list[np.ndarray]:
+        """Sealed slots of each head, [H] a layer."""
+        row, ids = self.cells()
+        heads = np.array([len(x) for x in self.ids])
+        held = np.bincount(row, np.where(ids >= 0, self.pool.count[ids], 0), heads.sum())
+        return np.split(held.astype(np.int64), heads.cumsum()[:-1])
 
     def keys(self, layer: int, head: int) -> torch.Tensor:
         """Keys of a head's sealed slots in table order, float32 [P * 64, k_dim]; unused slots are 0."""
@@ -311,6 +313,17 @@ class Sequence:
         if self.bases:
             other.bases, self.bases.users = self.bases, self.bases.users + 1
         return other
+
+    def credit(self, name: str, length: int) -> list[np.ndarray]:
+        """Credits by `name`, made [H, length] each: those of later positions are 0. Pinned beside a GPU, which reads
+        them to choose."""
+        old = self.credits.get(name) or [np.zeros((len(ids), 0), np.float32) for ids in self.ids]
+        if (known := old[0].shape[1]) < length:
+            pinned = self.pool.transfer is not None
+            self.credits[name] = [torch.zeros(len(x), length, pin_memory=pinned).numpy() for x in old]
+            for new, x in zip(self.credits[name], old, strict=True):
+                new[:, :known] = x
+        return self.credits[name]
 
     def copied_credits(self) -> dict[str, list[np.ndarray]]:
         return {name: [x.copy() for x in credit] for name, credit in self.credits.items()}

@@ -70,18 +70,16 @@ class Eviction(Stage):
     def choose(self, sequence: Sequence) -> np.ndarray | None:
         """The slots that stay, as `evict` takes them; None: all."""
         budgets, scores = self._share_out(sequence)
-        held = [self._held(sequence, layer) for layer in range(len(budgets))]
-        if all(h <= n for h, n in zip(held, budgets, strict=True)):
+        if all(held <= n for held, n in zip(self._held(sequence.counts()), budgets, strict=True)):
             return None
         score = self._sure(sequence, self._scores(sequence, budgets) if scores is None else scores)
         if self.heads == "adaptive":
             return of_layers(sequence.sealed, score, np.array(budgets))
         return of_heads(sequence.sealed, score, np.repeat(budgets, [len(ids) for ids in sequence.ids]))
 
-    def _held(self, sequence: Sequence, layer: int) -> float:
-        """Sealed slots of a head: what a layer's budget is measured against."""
-        counts = sequence.counts(layer)
-        return counts.mean() if self.heads == "adaptive" else counts.max(initial=0)
+    def _held(self, counts: list[np.ndarray]) -> list[float]:
+        """Sealed slots of a head of each layer: what its budget is measured against."""
+        return [n.mean() if self.heads == "adaptive" else n.max(initial=0) for n in counts]
 
     def _scores(self, sequence: Sequence, budgets: list[int]) -> Tensor:
         """`score_within` of all layers, cell by cell: [n, 64]."""
@@ -110,15 +108,15 @@ class Eviction(Stage):
         if self.layers == "pyramid":
             shared = pyramid(mean - fixed, len(layers), len(sealed) - fixed)
             return [fixed + n for n in shared], None
-        most = [max(0, math.ceil(self._held(sequence, layer)) - fixed) for layer in layers]
-        counts, scores = [sequence.counts(layer) for layer in layers], None
+        counts, scores = sequence.counts(), None
+        most = [max(0, math.ceil(n) - fixed) for n in self._held(counts)]
         heads = list(map(len, counts))
         if sum(int(n.sum()) for n in counts) <= mean * sum(heads):  # all fits: nothing to weigh, nothing to score
             shared = most
         elif self.layers == "adaptive":
             scores = self._scores(sequence, [mean for _ in layers])
             there = sequence.sealed
-            free = there.used.logical_and_(~protected(sequence, there.pos, self.sinks, self.window))
+            free = there.used & ~protected(sequence, there.pos, self.sinks, self.window)
             sizes = [a * b * PAGE for a, b in there.shapes]
             shared = across_layers(scores.masked_fill_(~free, -torch.inf).view(-1), sizes, heads, most, mean - fixed)
             if type(self).score_within is not Eviction.score_within:

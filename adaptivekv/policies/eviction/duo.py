@@ -52,8 +52,7 @@ class Duo(Eviction):
         return worth[:, None, None].expand(used.shape)
 
     def choose(self, sequence: Sequence) -> np.ndarray | None:
-        layers = range(len(sequence.ids))
-        held = np.concatenate([sequence.counts(layer) for layer in layers])  # of each head of all layers
+        layers, held = range(len(sequence.ids)), np.concatenate(sequence.counts())  # of each head of all layers
         budget = self.keep_slots(sequence) * len(held)
         if held.sum() <= budget:
             return None

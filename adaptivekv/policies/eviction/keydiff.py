@@ -32,7 +32,7 @@ class KeyDiff(Eviction):
 def likeness(sequence: Sequence, layer: int) -> list[torch.Tensor]:
     """cos(k, anchor) of the sealed slots in table order, [P * 64] a head; the open tail has its say in the anchor."""
     tail, out = sequence.tail(layer)[0].float(), []
-    for h, held in enumerate(sequence.counts(layer).tolist()):
+    for h, held in enumerate(sequence.counts()[layer].tolist()):
         keys = sequence.keys(layer, h)  # unused slots are 0 and add nothing to the sum
         total = normalize(keys, dim=-1).sum(0) + normalize(tail[h], dim=-1).sum(0)
         anchor = total / max(1, held + sequence.tail_len)

@@ -37,8 +37,10 @@ class KVzip(Eviction):
             super().apply(sequence)
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        used, pos = sequence.sealed.layer(layer)
+        pos = sequence.sealed.part(sequence.sealed.pos, layer)
         credit = torch.from_numpy(sequence.credits[self.by_credit][layer]).to(pos.device, non_blocking=True)
-        known = used & (pos < credit.shape[1])  # the position of an unused slot is whatever memory held
-        found = credit.gather(1, torch.where(known, pos, 0).flatten(1).long()).view(pos.shape)
-        return found.masked_fill_(~known, torch.inf)  # what came later is kept
+        known = credit.shape[1]
+        found = credit.gather(1, pos.clamp(0, known - 1).flatten(1).long()).view(pos.shape)
+        if known < sequence.length - sequence.tail_len:
+            found.masked_fill_(pos >= known, torch.inf)  # what came later is kept
+        return found

@@ -25,4 +25,4 @@ class Streaming(Eviction):
     by: ClassVar[str] = "recency"
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        return sequence.sealed.layer(layer)[1].float()
+        return sequence.sealed.part(sequence.sealed.pos, layer).float()

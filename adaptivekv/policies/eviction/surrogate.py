@@ -127,12 +127,11 @@ def mark_of(model: PreTrainedModel) -> np.ndarray:
 
 def foretell(sequence: Sequence, surrogate: Surrogate) -> None:
     """Give a credit to the sealed tokens that have none yet (`Sequence.credits`)."""
-    old = sequence.credits.get(NAME) or [np.zeros((len(ids), 0), np.float32) for ids in sequence.ids]
-    end = sequence.length - sequence.tail_len
-    if (known := old[0].shape[1]) < end:
-        new = [surrogate.predict(sequence, layer, known, end) for layer in range(len(old))]
-        found = np.split(torch.cat(new).cpu().numpy(), np.cumsum([len(x) for x in new])[:-1])  # one wait
-        sequence.credits[NAME] = [np.concatenate(pair, 1) for pair in zip(old, found, strict=True)]
+    old, end = sequence.credits.get(NAME), sequence.length - sequence.tail_len
+    if (known := old[0].shape[1] if old else 0) < end:
+        new = [surrogate.predict(sequence, layer, known, end) for layer in range(len(sequence.ids))]
+        for credit, found in zip(sequence.credit(NAME, end), new, strict=True):
+            torch.from_numpy(credit)[:, known:].copy_(found)
 
 
 def blocks(sequence: Sequence, start: int, end: int) -> Iterator[tuple[int, int]]:
