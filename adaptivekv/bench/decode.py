@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ STEPS = 128  # two sealed pages
 
 
 def run(
-    cases: tuple[tuple[str, int, int, str], ...] = CASES, compiled: bool = False, peers: bool = True
+    cases: Sequence[tuple[str, int, int, str]] = CASES, compiled: bool = False, peers: bool = True
 ) -> Iterator[dict[str, Any]]:
     """One row a case: ms a step (median, and mean with all that happens between steps), the plan change, the peer."""
     warm_up()
