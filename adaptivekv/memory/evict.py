@@ -55,7 +55,7 @@ def evict(sequence: Sequence, keep: np.ndarray) -> None:
     finally:
         if done:
             gone = np.concatenate(cuts[: len(done)])
-            _take(sequence, broken[gone], [stream for streams in done for stream in streams])
+            _take(sequence, row, ids, broken[gone], [stream for streams in done for stream in streams])
 
 
 def _some(at: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -173,9 +173,9 @@ def _pack(pool: PagePool, s: _Stream, off: tuple[np.ndarray, ...], into: tuple[t
         pageops.pack_slots(data, into[i], tables[i], mask, start, tables[i + 3], count, codec, dim, dtype)
 
 
-def _take(sequence: Sequence, gone: np.ndarray, streams: list[_Stream]) -> None:
-    """Put new pages into the tables in place of the cells `gone`, in the order of positions."""
-    pool, (row, ids) = sequence.pool, sequence.cells()
+def _take(sequence: Sequence, row: np.ndarray, ids: np.ndarray, gone: np.ndarray, streams: list[_Stream]) -> None:
+    """Put new pages into the tables in place of the cells `gone` of `row`, `ids`, in the order of positions."""
+    pool = sequence.pool
     mass = np.concatenate([m.ravel() for m in sequence.mass])
     hit = np.zeros(row[-1] + 1, bool)
     hit[row[gone]] = True

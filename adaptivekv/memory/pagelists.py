@@ -41,7 +41,8 @@ def arrange(heads: list[int], row: np.ndarray, ids: np.ndarray, mass: np.ndarray
     column = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     width = int(count.max(initial=0))
     all_ids, all_mass = np.full((edges[-1], width), -1, np.int32), np.full((edges[-1], width), np.nan, np.float32)
-    all_ids[row, column], all_mass[row, column] = ids, mass
+    at = row * width + column
+    all_ids.reshape(-1)[at], all_mass.reshape(-1)[at] = ids, mass
     spans = [(slice(a, b), int(count[a:b].max(initial=0))) for a, b in pairwise(edges.tolist())]
     return [all_ids[at, :n].copy() for at, n in spans], [all_mass[at, :n].copy() for at, n in spans]
 
