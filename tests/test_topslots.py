@@ -87,5 +87,5 @@ def test_triton_equals_numpy_on_the_gpu():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check_triton("cpu", 12, 9)
+    check_triton("cpu", 8, 9)
     check_triton("cpu", 2, 200)

@@ -24,19 +24,21 @@ POS_BYTES = PAGE * 4
 
 @dataclass(frozen=True)
 class Sealed:
-    """Of every cell (pagelists.py), on the pool's device: pos, original positions, int32 [n, 64], anything for unused
-    slots; count, used slots, int32 [n], 0 where there is no page.
+    """Of the cells (pagelists.py) of some layers, on the pool's device: pos, original positions, int32 [n, 64],
+    anything for unused slots; count, used slots, int32 [n], 0 where there is no page.
 
-    shapes: heads and columns of each layer.
+    layers: those whose cells these are; shapes: heads and columns of each.
     """
 
     pos: Tensor
     count: Tensor
+    layers: range
     shapes: list[tuple[int, ...]]
 
     @classmethod
-    def of(cls, sequence: Sequence) -> Sealed:
-        pool, (_, ids) = sequence.pool, sequence.cells()
+    def of(cls, sequence: Sequence, layers: range) -> Sealed:
+        pool, lists = sequence.pool, [sequence.ids[layer] for layer in layers]
+        ids = np.concatenate([x.ravel() for x in lists], dtype=np.int64)
         count, first = np.where(ids >= 0, pool.count[ids], 0), pool.first[ids]
         held = torch.from_numpy(count).to(pool.device)
         if ((pool.last[ids] - first == count - 1) | (count == 0)).all():  # as the prompt left them
@@ -49,7 +51,7 @@ class Sealed:
             pos = raw.view(torch.int32).view(-1, PAGE)
         else:
             pos = torch.from_numpy(pool.pos[ids])
-        return cls(pos, held, [x.shape for x in sequence.ids])
+        return cls(pos, held, layers, [x.shape for x in lists])
 
     @cached_property
     def used(self) -> Tensor:
@@ -74,8 +76,9 @@ class Sealed:
 
     def part(self, values: Tensor, layer: int) -> Tensor:
         """Values of all cells, [n, 64], of one layer: [H, P, 64]."""
-        start, end = self.edges[layer : layer + 2]
-        return values[start:end].view(*self.shapes[layer], PAGE)
+        at = layer - self.layers.start
+        start, end = self.edges[at : at + 2]
+        return values[start:end].view(*self.shapes[at], PAGE)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Used (bool) and pos of one layer, [H, P, 64] each."""

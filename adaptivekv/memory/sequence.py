@@ -252,12 +252,20 @@ class Sequence:
         count = np.where(ids >= 0, self.pool.count[ids], 0)
         return np.arange(PAGE) < count[..., None], self.pool.pos[ids]
 
-    @property
-    def sealed(self) -> Sealed:
-        """`slots` of all layers, on the pool's device; made once until the pages change."""
-        if self._sealed is None:
-            self._sealed = Sealed.of(self)
+    def sealed(self, layer: int) -> Sealed:
+        """`slots` on the pool's device, made once until the pages change or another is wanted: of all layers together
+        on a GPU, which wants few launches, of the layer alone on a CPU, which wants little memory."""
+        if self._sealed is None or layer not in self._sealed.layers:
+            gpu = self.pool.device.type == "cuda"
+            self._sealed = Sealed.of(self, range(len(self.ids)) if gpu else range(layer, layer + 1))
         return self._sealed
+
+    def all_sealed(self) -> Iterator[Sealed]:
+        """`sealed` of every layer, group by group."""
+        layer = 0
+        while layer < len(self.ids):
+            yield self.sealed(layer)
+            layer = self.sealed(layer).layers.stop
 
     def counts(self) -> list[np.ndarray]:
         """Sealed slots of each head, [H] a layer."""

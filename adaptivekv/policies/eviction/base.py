@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.evict import evict
+from adaptivekv.memory.sealed import Sealed
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, choice, protected, share, whole
 from adaptivekv.policies.eviction.budgets import across_layers, dispersion, of_heads, of_layers, pyramid, weighted
@@ -72,22 +73,28 @@ class Eviction(Stage):
         budgets, scores = self._share_out(sequence)
         if all(held <= n for held, n in zip(self._held(sequence.counts()), budgets, strict=True)):
             return None
-        score = self._sure(sequence, self._scores(sequence, budgets) if scores is None else scores)
-        if self.heads == "adaptive":
-            return of_layers(sequence.sealed, score, np.array(budgets))
-        return of_heads(sequence.sealed, score, np.repeat(budgets, [len(ids) for ids in sequence.ids]))
+        out = []
+        for sealed in sequence.all_sealed():
+            each = [scores[i] if scores else self.score_within(sequence, i, budgets[i]) for i in sealed.layers]
+            score, keep = self._sure(sequence, sealed, joined(each)), np.array([budgets[i] for i in sealed.layers])
+            if self.heads == "adaptive":
+                out.append(of_layers(sealed, score, keep))
+            else:
+                out.append(of_heads(sealed, score, np.repeat(keep, [heads for heads, _ in sealed.shapes])))
+        return np.concatenate(out)
 
     def _held(self, counts: list[np.ndarray]) -> list[float]:
         """Sealed slots of a head of each layer: what its budget is measured against."""
         return [n.mean() if self.heads == "adaptive" else n.max(initial=0) for n in counts]
 
-    def _scores(self, sequence: Sequence, budgets: list[int]) -> Tensor:
-        """`score_within` of all layers, cell by cell: [n, 64]."""
-        return torch.cat([self.score_within(sequence, layer, n).flatten(0, 1) for layer, n in enumerate(budgets)])
+    def _sure(self, sequence: Sequence, sealed: Sealed, score: Tensor) -> Tensor:
+        """Scores of cells, [n, 64], with those of protected slots made inf in place."""
+        return score.masked_fill_(protected(sequence, sealed.pos, self.sinks, self.window), torch.inf)
 
-    def _sure(self, sequence: Sequence, score: Tensor) -> Tensor:
-        """Scores of all cells, [n, 64], with those of protected slots made inf in place."""
-        return score.masked_fill_(protected(sequence, sequence.sealed.pos, self.sinks, self.window), torch.inf)
+    def _rivals(self, sequence: Sequence, sealed: Sealed, score: Tensor) -> Tensor:
+        """Scores of cells, [n, 64], with those of unused and protected slots made -inf in place."""
+        free = sealed.used & ~protected(sequence, sealed.pos, self.sinks, self.window)
+        return score.masked_fill_(~free, -torch.inf)
 
     def keep_slots(self, sequence: Sequence) -> int:
         """Sealed slots each head may keep, on average over layers and heads; the tail counts as kept."""
@@ -97,8 +104,8 @@ class Eviction(Stage):
         """`keep_slots` of each layer."""
         return self._share_out(sequence)[0]
 
-    def _share_out(self, sequence: Sequence) -> tuple[list[int], Tensor | None]:
-        """Budgets, and the scores of all cells where it took these to find them and they stay what they are."""
+    def _share_out(self, sequence: Sequence) -> tuple[list[int], list[Tensor] | None]:
+        """Budgets, and the scores of each layer where it took these to find them and they stay what they are."""
         mean, layers = self.keep_slots(sequence), range(len(sequence.ids))
         if self.layers in ("uniform", "own"):
             return [mean for _ in layers], None
@@ -114,11 +121,12 @@ class Eviction(Stage):
         if sum(int(n.sum()) for n in counts) <= mean * sum(heads):  # all fits: nothing to weigh, nothing to score
             shared = most
         elif self.layers == "adaptive":
-            scores = self._scores(sequence, [mean for _ in layers])
-            there = sequence.sealed
-            free = there.used & ~protected(sequence, there.pos, self.sinks, self.window)
-            sizes = [a * b * PAGE for a, b in there.shapes]
-            shared = across_layers(scores.masked_fill_(~free, -torch.inf).view(-1), sizes, heads, most, mean - fixed)
+            scores = [self.score_within(sequence, layer, mean) for layer in layers]
+            rivals = torch.cat(
+                [self._rivals(sequence, x, joined([scores[i] for i in x.layers])) for x in sequence.all_sealed()]
+            )
+            sizes = [score.numel() for score in scores]
+            shared = across_layers(rivals.flatten(), sizes, heads, most, mean - fixed)
             if type(self).score_within is not Eviction.score_within:
                 scores = None
         else:
@@ -133,6 +141,11 @@ class Eviction(Stage):
         return {"keep": self.keep, "log2_pool": math.log2(getattr(self, "pool", 1))} | {
             k: float(v) for k, v in how.items()
         }
+
+
+def joined(scores: list[Tensor]) -> Tensor:
+    """Scores of layers, [H, P, 64] each, cell by cell: a copy, [n, 64]."""
+    return torch.cat([score.flatten(0, 1) for score in scores])
 
 
 def page_scores(values: np.ndarray, sequence: Sequence) -> Tensor:

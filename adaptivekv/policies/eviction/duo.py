@@ -48,7 +48,7 @@ class Duo(Eviction):
         super().__post_init__()
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        worth, (used, _) = self._worth(sequence, layer), sequence.sealed.layer(layer)
+        worth, (used, _) = self._worth(sequence, layer), sequence.sealed(layer).layer(layer)
         return worth[:, None, None].expand(used.shape)
 
     def choose(self, sequence: Sequence) -> np.ndarray | None:
@@ -62,12 +62,15 @@ class Duo(Eviction):
         before = np.cumsum(wants[order]) - wants[order]
         gets = np.zeros_like(wants)
         gets[order] = np.clip(budget - (held - wants).sum() - before, 0, wants[order])
-        newest = self._sure(sequence, sequence.sealed.pos.float())
-        return of_heads(sequence.sealed, newest, held - wants + gets)
+        keep, out = np.split(held - wants + gets, np.cumsum([len(ids) for ids in sequence.ids])[:-1]), []
+        for sealed in sequence.all_sealed():
+            newest = self._sure(sequence, sealed, sealed.pos.float())
+            out.append(of_heads(sealed, newest, np.concatenate([keep[i] for i in sealed.layers])))
+        return np.concatenate(out)
 
     def _free(self, sequence: Sequence, layer: int) -> Tensor:
         """The slots that a streaming head gives up, bool [H, P, 64]."""
-        used, pos = sequence.sealed.layer(layer)
+        used, pos = sequence.sealed(layer).layer(layer)
         return used & ~protected(sequence, pos, self.sinks, self.window)
 
     def _worth(self, sequence: Sequence, layer: int) -> Tensor:

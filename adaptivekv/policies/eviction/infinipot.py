@@ -44,7 +44,7 @@ class InfiniPot(Eviction):
         return self.score_within(sequence, layer, self.budgets(sequence)[layer])
 
     def score_within(self, sequence: Sequence, layer: int, budget: int) -> Tensor:
-        used, pos = sequence.sealed.layer(layer)
+        used, pos = sequence.sealed(layer).layer(layer)
         looked_at = slots([w.mean((0, 1)) for w in attention(sequence, layer, self.window)])
         new = 1 - slots(likeness(sequence, layer))
         sure = used & protected(sequence, pos, self.sinks, self.window)

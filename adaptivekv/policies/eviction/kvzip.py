@@ -37,7 +37,7 @@ class KVzip(Eviction):
             super().apply(sequence)
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        pos = sequence.sealed.part(sequence.sealed.pos, layer)
+        _, pos = sequence.sealed(layer).layer(layer)
         credit = torch.from_numpy(sequence.credits[self.by_credit][layer]).to(pos.device, non_blocking=True)
         known = credit.shape[1]
         found = credit.gather(1, pos.clamp(0, known - 1).flatten(1).long()).view(pos.shape)

@@ -39,7 +39,7 @@ class QHitter(Eviction):
         object.__setattr__(self, "friendly", share("friendly", self.friendly))
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        used = sequence.sealed.part(sequence.sealed.used, layer)
+        used, _ = sequence.sealed(layer).layer(layer)
         mass, error = page_scores(worth(sequence, layer), sequence), _errors(sequence, layer)
         return (1 - self.friendly) * _ranks(mass, used) + self.friendly * _ranks(-error, used)
 

@@ -25,4 +25,5 @@ class Streaming(Eviction):
     by: ClassVar[str] = "recency"
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        return sequence.sealed.part(sequence.sealed.pos, layer).float()
+        _, pos = sequence.sealed(layer).layer(layer)
+        return pos.float()
