@@ -10,6 +10,7 @@ from test_methods import METHODS, SHAPES, TOKENS, WINDOW, Tiny
 
 from adaptivekv import AdaptiveCache, Plan
 from adaptivekv.memory.integrity import check_sequence
+from adaptivekv.memory.sealed import Sealed
 from adaptivekv.policies.eviction.budgets import across_layers, dispersion, pyramid, weighted
 
 SEALED = TOKENS // 64 * 64
@@ -127,6 +128,19 @@ def test_adaptive_layers_by_hand():
     assert across_layers(torch.cat([one, other]), [4, 4], [1, 1], [4, 4], 0) == [0, 0]
     assert across_layers(torch.cat([one, other[:1], none]), [4, 4], [1, 1], [4, 1], 3) == [4, 1]
     assert across_layers(none, [2, 1], [1, 1], [4, 1], 3) == [0, 0]
+
+
+@pytest.mark.parametrize("text", ["knorm(0.4)", "knorm(0.4, heads=adaptive)", "kvzip(0.4)", "duo(0.4)"])
+def test_layers_are_chosen_from_together_as_one_by_one(text, monkeypatch):
+    """A GPU takes all at once, a CPU one after the other; heads are ragged and pages broken by then."""
+    tiny, stage = Tiny(), Plan.parse(text).stage("evict")
+    Plan.parse("keydiff(0.7, heads=adaptive)").apply(tiny.sequence)
+    tiny.feed(100)
+    alone = stage.choose(tiny.sequence)
+    together = Sealed.of(tiny.sequence, range(len(SHAPES)))
+    monkeypatch.setattr(tiny.sequence, "sealed", lambda layer: together)
+    assert len(list(tiny.sequence.all_sealed())) == 1
+    assert np.array_equal(stage.choose(tiny.sequence), alone)
 
 
 def test_duo_keeps_whole_heads():
