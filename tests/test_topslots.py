@@ -64,10 +64,10 @@ def test_the_nth_is_that_of_sorting(kind, n):
     assert nth(torch.cat([x, torch.full((999,), -torch.inf)]), n) == want
 
 
-def check_triton(device: str, cases: int, pages: int) -> None:
+def check_triton(device: str, seeds: range, pages: int) -> None:
     from adaptivekv.kernels import topkernel
 
-    for seed in range(SEED, SEED + cases):
+    for seed in seeds:
         args = case(seed, pages)
         there = [x.to(device, copy=True) if isinstance(x, torch.Tensor) else x for x in args]
         top_slots.__wrapped__(*args)
@@ -81,11 +81,11 @@ def test_triton_equals_numpy_in_the_interpreter():
 
 @pytest.mark.gpu
 def test_triton_equals_numpy_on_the_gpu():
-    check_triton("cuda", 64, 9)
-    check_triton("cuda", 32, 300)
+    check_triton("cuda", range(SEED, SEED + 64), 9)
+    check_triton("cuda", range(SEED, SEED + 32), 300)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check_triton("cpu", 8, 9)
-    check_triton("cpu", 2, 200)
+    check_triton("cpu", range(SEED, SEED + 5), 9)
+    check_triton("cpu", range(3, 4), 300)  # runs of up to 214 pages, scores that are equal
