@@ -62,8 +62,6 @@ def top_kernel(
 
     # the highest score that `keep` slots reach; the lowest integer if there are fewer
     least = tl.full([], -(1 << 31), tl.int64)
-    above = tl.zeros([], tl.int64)  # slots beyond it
-    equal = tl.zeros([], tl.int64)
     for bit in range(31, -1, -1):
         wanted = least + (tl.full([], 1, tl.int64) << bit)
         found = tl.zeros([PAGES], tl.int32)

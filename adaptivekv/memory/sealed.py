@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -80,9 +81,28 @@ class Sealed:
         start, end = self.edges[at : at + 2]
         return values[start:end].view(*self.shapes[at], PAGE)
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Used (bool) and pos of one layer, [H, P, 64] each."""
-        return self.part(self.used, layer), self.part(self.pos, layer)
+
+def sealed(sequence: Sequence, layer: int) -> Sealed:
+    """Made once until pages change or another layer is wanted: of all layers together on a GPU, which wants few
+    launches, of the layer alone on a CPU, which wants little memory."""
+    if sequence.sealed is None or layer not in sequence.sealed.layers:
+        gpu = sequence.pool.device.type == "cuda"
+        sequence.sealed = Sealed.of(sequence, range(len(sequence.ids)) if gpu else range(layer, layer + 1))
+    return sequence.sealed
+
+
+def groups(sequence: Sequence) -> Iterator[Sealed]:
+    """`sealed` of every layer, one after the other."""
+    layer = 0
+    while layer < len(sequence.ids):
+        yield (group := sealed(sequence, layer))
+        layer = group.layers.stop
+
+
+def standing(sequence: Sequence, layer: int) -> tuple[Tensor, Tensor]:
+    """`Sequence.slots` on the pool's device: used (bool) and pos, [H, P, 64] each."""
+    here = sealed(sequence, layer)
+    return here.part(here.used, layer), here.part(here.pos, layer)
 
 
 def positions(pos: np.ndarray) -> Tensor:

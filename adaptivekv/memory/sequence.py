@@ -18,10 +18,10 @@ from adaptivekv.memory.bounds import bounds_bytes
 from adaptivekv.memory.formats import Format
 from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.regions import Regions
-from adaptivekv.memory.sealed import Sealed
 from adaptivekv.memory.shapes import DEVICE
 
 if TYPE_CHECKING:
+    from adaptivekv.memory.sealed import Sealed
     from adaptivekv.memory.shapes import LayerShape
 
 
@@ -48,7 +48,7 @@ class Sequence:
         self.bases: Bases | None = None  # of its low-rank pages
         self.retrieve: Picker | None = None  # which pages a decode step reads (None: all)
         self._batches: list[list[tuple[PageBatch, np.ndarray]] | None] = [None] * len(pool.layers)
-        self._sealed: Sealed | None = None
+        self.sealed: Sealed | None = None  # what an eviction last asked for (sealed.py)
         self._claimed: list[np.ndarray] = []  # pages [H, n] of the layers that have yet to append in this step
         self.version = 0  # rises whenever pages change or move
         self.ring: list[torch.Tensor] = []  # per layer [q_heads, window, k_dim]
@@ -163,7 +163,7 @@ class Sequence:
 
     def touch(self, layer: int | None = None) -> None:
         """Forget what attention prepared for a layer (all layers), because its pages changed or moved."""
-        self.version, self._sealed = self.version + 1, None
+        self.version, self.sealed = self.version + 1, None
         for i in range(len(self._batches)) if layer is None else (layer,):
             self._batches[i] = None
 
@@ -251,21 +251,6 @@ class Sequence:
         ids = self.ids[layer]
         count = np.where(ids >= 0, self.pool.count[ids], 0)
         return np.arange(PAGE) < count[..., None], self.pool.pos[ids]
-
-    def sealed(self, layer: int) -> Sealed:
-        """`slots` on the pool's device, made once until the pages change or another is wanted: of all layers together
-        on a GPU, which wants few launches, of the layer alone on a CPU, which wants little memory."""
-        if self._sealed is None or layer not in self._sealed.layers:
-            gpu = self.pool.device.type == "cuda"
-            self._sealed = Sealed.of(self, range(len(self.ids)) if gpu else range(layer, layer + 1))
-        return self._sealed
-
-    def all_sealed(self) -> Iterator[Sealed]:
-        """`sealed` of every layer, group by group."""
-        layer = 0
-        while layer < len(self.ids):
-            yield self.sealed(layer)
-            layer = self.sealed(layer).layers.stop
 
     def counts(self) -> list[np.ndarray]:
         """Sealed slots of each head, [H] a layer."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.evict import evict
-from adaptivekv.memory.sealed import Sealed
+from adaptivekv.memory.sealed import Sealed, groups
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import Stage, choice, protected, share, whole
 from adaptivekv.policies.eviction.budgets import across_layers, dispersion, of_heads, of_layers, pyramid, weighted
@@ -74,7 +74,7 @@ class Eviction(Stage):
         if all(held <= n for held, n in zip(self._held(sequence.counts()), budgets, strict=True)):
             return None
         out = []
-        for sealed in sequence.all_sealed():
+        for sealed in groups(sequence):
             each = [scores[i] if scores else self.score_within(sequence, i, budgets[i]) for i in sealed.layers]
             score, keep = self._sure(sequence, sealed, joined(each)), np.array([budgets[i] for i in sealed.layers])
             if self.heads == "adaptive":
@@ -123,7 +123,7 @@ class Eviction(Stage):
         elif self.layers == "adaptive":
             scores = [self.score_within(sequence, layer, mean) for layer in layers]
             rivals = torch.cat(
-                [self._rivals(sequence, x, joined([scores[i] for i in x.layers])) for x in sequence.all_sealed()]
+                [self._rivals(sequence, x, joined([scores[i] for i in x.layers])) for x in groups(sequence)]
             )
             sizes = [score.numel() for score in scores]
             shared = across_layers(rivals.flatten(), sizes, heads, most, mean - fixed)

@@ -84,10 +84,11 @@ def across_layers(score: Tensor, sizes: list[int], heads: Row[int], most: Row[in
 
 
 def elect(values: Tensor, n: int) -> Tensor:
-    """The `n` largest of each head and what equals the last of them: bool like `values`, [H, P, 64]."""
-    if n <= 0:
+    """The `n` largest of each head, all if it has fewer, and what equals the last of them: bool [H, P, 64]."""
+    flat = values.flatten(1)
+    if (n := min(n, flat.shape[1])) <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    return values >= values.flatten(1).topk(n, 1, sorted=False).values.amin(1)[:, None, None]
+    return values >= flat.topk(n, 1, sorted=False).values.amin(1)[:, None, None]
 
 
 def of_heads(sealed: Sealed, score: Tensor, keep: np.ndarray) -> np.ndarray:

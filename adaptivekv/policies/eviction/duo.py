@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.memory.observed import attention
+from adaptivekv.memory.sealed import groups, standing
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected
 from adaptivekv.policies.eviction.base import Eviction
@@ -48,7 +49,7 @@ class Duo(Eviction):
         super().__post_init__()
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        worth, (used, _) = self._worth(sequence, layer), sequence.sealed(layer).layer(layer)
+        worth, (used, _) = self._worth(sequence, layer), standing(sequence, layer)
         return worth[:, None, None].expand(used.shape)
 
     def choose(self, sequence: Sequence) -> np.ndarray | None:
@@ -63,14 +64,14 @@ class Duo(Eviction):
         gets = np.zeros_like(wants)
         gets[order] = np.clip(budget - (held - wants).sum() - before, 0, wants[order])
         keep, out = np.split(held - wants + gets, np.cumsum([len(ids) for ids in sequence.ids])[:-1]), []
-        for sealed in sequence.all_sealed():
+        for sealed in groups(sequence):
             newest = self._sure(sequence, sealed, sealed.pos.float())
             out.append(of_heads(sealed, newest, np.concatenate([keep[i] for i in sealed.layers])))
         return np.concatenate(out)
 
     def _free(self, sequence: Sequence, layer: int) -> Tensor:
         """The slots that a streaming head gives up, bool [H, P, 64]."""
-        used, pos = sequence.sealed(layer).layer(layer)
+        used, pos = standing(sequence, layer)
         return used & ~protected(sequence, pos, self.sinks, self.window)
 
     def _worth(self, sequence: Sequence, layer: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptivekv.memory.observed import attention, slots
+from adaptivekv.memory.sealed import standing
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected, share
 from adaptivekv.policies.eviction.base import Eviction
@@ -44,7 +45,7 @@ class InfiniPot(Eviction):
         return self.score_within(sequence, layer, self.budgets(sequence)[layer])
 
     def score_within(self, sequence: Sequence, layer: int, budget: int) -> Tensor:
-        used, pos = sequence.sealed(layer).layer(layer)
+        used, pos = standing(sequence, layer)
         looked_at = slots([w.mean((0, 1)) for w in attention(sequence, layer, self.window)])
         new = 1 - slots(likeness(sequence, layer))
         sure = used & protected(sequence, pos, self.sinks, self.window)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from adaptivekv.memory.sealed import standing
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
 
@@ -37,7 +38,7 @@ class KVzip(Eviction):
             super().apply(sequence)
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        _, pos = sequence.sealed(layer).layer(layer)
+        _, pos = standing(sequence, layer)
         credit = torch.from_numpy(sequence.credits[self.by_credit][layer]).to(pos.device, non_blocking=True)
         known = credit.shape[1]
         found = credit.gather(1, pos.clamp(0, known - 1).flatten(1).long()).view(pos.shape)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptivekv.memory.observed import attention, slots
+from adaptivekv.memory.sealed import standing
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import protected, share, whole
 from adaptivekv.policies.eviction.base import Eviction
@@ -43,7 +44,7 @@ class NACL(Eviction):
         return self.score_within(sequence, layer, self.budgets(sequence)[layer])
 
     def score_within(self, sequence: Sequence, layer: int, budget: int) -> Tensor:
-        used, pos = sequence.sealed(layer).layer(layer)
+        used, pos = standing(sequence, layer)
         votes = slots([w.sum((0, 1)) for w in attention(sequence, layer, self.window)])
         noise = np.random.default_rng([self.seed, layer]).gumbel(size=votes.shape).astype(np.float32)
         drawn = votes + torch.from_numpy(noise).to(votes.device)

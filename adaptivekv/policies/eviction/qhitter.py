@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptivekv.kernels.codec import PAGE
+from adaptivekv.memory.sealed import standing
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.base import share, worth
 from adaptivekv.policies.eviction.base import Eviction, page_scores
@@ -39,7 +40,7 @@ class QHitter(Eviction):
         object.__setattr__(self, "friendly", share("friendly", self.friendly))
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        used, _ = sequence.sealed(layer).layer(layer)
+        used, _ = standing(sequence, layer)
         mass, error = page_scores(worth(sequence, layer), sequence), _errors(sequence, layer)
         return (1 - self.friendly) * _ranks(mass, used) + self.friendly * _ranks(-error, used)
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from adaptivekv.memory.sealed import standing
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
 
@@ -25,5 +26,5 @@ class Streaming(Eviction):
     by: ClassVar[str] = "recency"
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        _, pos = sequence.sealed(layer).layer(layer)
+        _, pos = standing(sequence, layer)
         return pos.float()

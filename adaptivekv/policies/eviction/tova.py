@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptivekv.memory.observed import attention
+from adaptivekv.memory.sealed import standing
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.policies.eviction.base import Eviction
 
@@ -28,7 +29,7 @@ class TOVA(Eviction):
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
     def score(self, sequence: Sequence, layer: int) -> Tensor:
-        used, pos = sequence.sealed(layer).layer(layer)
+        used, pos = standing(sequence, layer)
         weights = torch.stack([w[:, 0].mean(0) for w in attention(sequence, layer, 1)])  # [H, P * 64]
         # heads may hold a token in different slots, or not at all: they meet at its position, unused slots behind all
         at = torch.where(used, pos, sequence.length).flatten(1).long()
