@@ -171,8 +171,8 @@ def attend_sequence(
     """One request, one layer: the new tokens attend to everything held and, causally, to each other.
 
     q [Hq, n, k_dim], k [H, n, k_dim], v [H, n, v_dim], rotary applied, pads removed. Stores nothing. With `stats`, the
-    attention each page received goes into `sequence.mass`; with `recall`, the most that any new token paid each sealed
-    slot into `sequence.credits`. Returns [Hq, n, v_dim] float32.
+    attention each page received goes into `sequence.mass`; with `recall`, the squares of what the new tokens paid each
+    sealed slot into `sequence.credits`. Returns [Hq, n, v_dim] float32.
     """
     heads, (q_heads, n, _) = len(k), q.shape
     group = q_heads // heads
@@ -204,23 +204,22 @@ def attend_sequence(
 
 
 def _credit(sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
-    """The largest attention weight of any row to each sealed slot: rows [H, M, k_dim], lse [H, M]."""
+    """Credit each sealed slot with the squares of the attention weights of all rows: rows [H, M, k_dim], lse [H, M]."""
     used, pos = sequence.slots(layer)
-    most = []
+    paid = []
     for h, (queries, total) in enumerate(zip(rows.float(), lse, strict=True)):
         keys = sequence.keys(layer, h)
         step = max(1, sequence.pool.staging_bytes // (4 * max(1, len(keys))))  # scores are a temporary copy too
-        best = keys.new_full((len(keys),), -torch.inf)
+        squares = keys.new_zeros(len(keys))
         for some, norm in zip(queries.split(step), total.split(step), strict=True):
             scores = (some @ keys.T).mul_(scale)
             if softcap is not None:
                 scores = scores.div_(softcap).tanh_().mul_(softcap)
-            best = torch.maximum(best, scores.sub_(norm[:, None]).amax(0))
-        most.append(best)
-    found = torch.stack(most).exp_().cpu().numpy()  # one wait a layer
+            squares += scores.sub_(norm[:, None]).mul_(2).exp_().sum(0)
+        paid.append(squares)
+    found = torch.stack(paid).cpu().numpy()  # one wait a layer
     for credit, new, here, at in zip(sequence.credits["recall"][layer], found, used, pos, strict=True):
-        mine = at[here]
-        credit[mine] = np.maximum(credit[mine], new[here.ravel()])
+        credit[at[here]] += new[here.ravel()]
 
 
 def _on_device(batch: PageBatch, columns: np.ndarray, device: torch.device, staging: int):

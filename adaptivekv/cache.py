@@ -310,8 +310,8 @@ class AdaptiveCache(Cache):
         self.pool.surrogate = self.pool.surrogate or self.surrogate
         for n in new:
             sequence = Sequence(self.pool, self.controller.window)
-            length = n if self._expected is None else prompt
-            request = Request(sequence, length, answer, budget, full_bytes(self.shapes, prompt + answer))
+            sequence.prompt = n if self._expected is None else prompt
+            request = Request(sequence, sequence.prompt, answer, budget, full_bytes(self.shapes, prompt + answer))
             request.facts = dict(self._facts)
             self.requests.append(request)
             self.controller.admit(request)

@@ -20,10 +20,11 @@ AGAIN = 8  # of the tokens before a chunk, put in front of it: where the repetit
 
 @torch.inference_mode()
 def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = None, start: int = 0) -> None:
-    """Credit every key that `cache` holds with the most attention that a token of `ids[:, start:]`, repeated, pays it.
+    """Credit every key that `cache` holds with the attention that the tokens of `ids[:, start:]`, repeated, pay it: the
+    sum of its squares.
 
     ids: int [B, n], the tokens seen, padding included; mask: which of them are real, [B, n] (None: all). Credits go to
-    `Sequence.credits`; those of an earlier turn stay. Costs about as much as reading the prompt did; stores nothing.
+    `Sequence.credits`; those of an earlier turn are added to. Costs about as much as reading the prompt did; stores nothing.
     """
     for sequence in cache.sequences:
         sequence.credit("recall", sequence.length)

@@ -27,7 +27,7 @@ def prompt(rows=1, n=200, seed=0):
 
 
 @pytest.mark.parametrize("staging", [4 << 20, 20_000])
-def test_credit_is_the_largest_attention_of_the_repeated_tokens(staging):
+def test_credit_is_the_squared_attention_of_the_repeated_tokens(staging):
     """Against transformers' own attention weights over prompt and repetition."""
     model, ids = tiny(), prompt()
     cache = read(model, ids)
@@ -39,8 +39,8 @@ def test_credit_is_the_largest_attention_of_the_repeated_tokens(staging):
     (sequence,) = cache.sequences
     for layer, credit in enumerate(sequence.credits["recall"]):
         heads = len(credit)
-        most = weights[layer][0, :, 200:, :192].amax(1).view(heads, -1, 192).amax(1)  # the last 8 tokens are the tail
-        assert torch.allclose(torch.from_numpy(credit[:, :192]), most, atol=1e-5)
+        paid = weights[layer][0, :, 200:, :192].square().sum(1).view(heads, -1, 192).sum(1)  # the last 8 are the tail
+        assert torch.allclose(torch.from_numpy(credit[:, :192]), paid, rtol=1e-4, atol=1e-6)
         assert not credit[:, 192:].any()
     sequence.pool.check_integrity()
     assert sequence.length == 200 and cache.seen == 200

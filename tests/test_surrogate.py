@@ -9,7 +9,7 @@ import torch
 from models import calibrated, tiny
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
-from test_methods import SHAPES, SURROGATE, Tiny
+from test_methods import SHAPES, SURROGATE, TOKENS, Tiny
 from typer.testing import CliRunner
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
@@ -20,7 +20,7 @@ from adaptivekv.engine.session import Options, Session
 from adaptivekv.errors import CacheFileError
 from adaptivekv.layers import layer_shapes
 from adaptivekv.policies.eviction import surrogate
-from adaptivekv.policies.eviction.surrogate import SHIPPED, Surrogate, find, foretell
+from adaptivekv.policies.eviction.surrogate import NAME, PLACE, SHIPPED, Surrogate, find, foretell
 from adaptivekv.trainer.calibrate import RIDGE, Sums
 from adaptivekv.trainer.replay import reference
 from adaptivekv.trainer.sources import text
@@ -69,13 +69,14 @@ def test_what_a_head_has_lost_counts_as_the_mean():
         used, pos = small.sequence.slots(layer)
         lost = 0
         for t in range(64, 192):
-            row = mean.copy().reshape(shape.heads, -1)
+            row = mean[:-PLACE].copy().reshape(shape.heads, -1)
             for head in range(shape.heads):
                 if t in pos[head][used[head]]:
                     row[head] = torch.cat([small.k[layer][head, t], small.v[layer][head, t]]).numpy()
                 else:
                     lost += 1
-            assert np.allclose(got[:, t - 64], (row.ravel() - mean) @ weight + bias, atol=1e-4)
+            known = np.concatenate([row.ravel(), np.log([t + 1, TOKENS - t, TOKENS])])
+            assert np.allclose(got[:, t - 64], (known - mean) @ weight + bias, atol=1e-4)
         assert 0 < lost < 128 * shape.heads
 
 
@@ -88,7 +89,7 @@ def test_calibrate_writes_what_the_cache_finds(smol, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     made = json.loads(done.stdout)
     assert made["prompts"] >= 5 and len(made["r2_layers"]) == 30
-    assert 0 < made["r2"] < 0.7  # of prompts held out: on those it was fitted to, 385 inputs explain nearly all
+    assert 0 < made["r2"] < 0.9  # of prompts held out: on those it was fitted to, 388 inputs explain nearly all
     own = Surrogate.load(out)
     monkeypatch.setenv("ADAPTIVEKV_CACHE", str(tmp_path / "root"))
     found = find(smol.model, layer_shapes(smol.model))
@@ -99,6 +100,18 @@ def test_calibrate_writes_what_the_cache_finds(smol, tmp_path, monkeypatch):
     found.save(newer)
     os.utime(newer, (2e9, 2e9))
     assert (find(smol.model, layer_shapes(smol.model)).weight[0] == 1.0).all()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_credits_do_not_depend_on_when_they_are_asked_for(told):
+    """Half of a prompt read, or all of it: a token stands where it stands in the whole, if that was told."""
+    small = Tiny(140)
+    small.sequence.prompt = TOKENS * told
+    foretell(small.sequence, SURROGATE)
+    early = small.sequence.credits[NAME]
+    small.feed(TOKENS - 140)
+    late = [SURROGATE.predict(small.sequence, layer, 0, 128).numpy() for layer in range(len(SHAPES))]
+    assert all(np.allclose(a, b, atol=1e-4) == told for a, b in zip(early, late, strict=True))
 
 
 @pytest.mark.parametrize("damage", ["short", "junk", "array", "version", "shape", "nan", "mark"])
@@ -115,9 +128,9 @@ def test_a_damaged_map_is_one_warning_and_no_map(damage, tmp_path, monkeypatch, 
         with path.open("wb") as file:
             np.save(file, np.ones(3))
     elif damage == "version":
-        monkeypatch.setattr(surrogate, "VERSION", 2)
-        made.save(path)
-        monkeypatch.setattr(surrogate, "VERSION", 1)
+        with monkeypatch.context() as older:
+            older.setattr(surrogate, "VERSION", surrogate.VERSION - 1)
+            made.save(path)
     elif damage == "mark":
         Surrogate(made.mean, made.weight, made.bias, made.mark[:3]).save(path)
     else:

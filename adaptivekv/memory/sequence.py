@@ -38,6 +38,7 @@ class Sequence:
     def __init__(self, pool: PagePool, window: int = 0):
         self.pool, self.window = pool, window
         self.length = 0  # tokens seen, whether still held or not
+        self.prompt = 0  # tokens it will have when its prompt has been read, if that was said
         self.tail_len = 0
         self.tail_pos = np.zeros(PAGE, np.int32)
         self.ids = [np.full((s.heads, 0), -1, np.int32) for s in pool.layers]
@@ -287,7 +288,7 @@ class Sequence:
             pagelists.fill(self.ids, table)
             self.drop([n == 0 for n in left])
             self.touch()
-        self.tail_len, self.length = kept, length
+        self.tail_len, self.length, self.prompt = kept, length, min(self.prompt, length)
         self.credits = {name: [x[:, :length] for x in credit] for name, credit in self.credits.items() if length}
 
     def fork(self) -> Sequence:
@@ -300,7 +301,8 @@ class Sequence:
         other.ids, other.mass = [x.copy() for x in self.ids], [x.copy() for x in self.mass]
         for ids in other.pages():
             self.pool.retain(ids)
-        other.length, other.tail_len, other.tail_pos = self.length, self.tail_len, self.tail_pos.copy()
+        other.length, other.prompt = self.length, self.prompt
+        other.tail_len, other.tail_pos = self.tail_len, self.tail_pos.copy()
         other.ring_fill, other.credits = self.ring_fill, self.copied_credits()
         other.protected, other.scaling, other.retrieve = list(self.protected), self.scaling, self.retrieve
         if self.bases:

@@ -1,7 +1,7 @@
 """Fits the map that foretells a second reading (policies/eviction/surrogate.py), once for a model.
 
-Each prompt is read twice, as `kvzip` does, and the logarithm of what every token was paid is regressed on its keys and
-values: ridge regression, from sums, so that any number of tokens fits in memory.
+Each prompt is read twice, as `kvzip` does, and the logarithm of what every token was paid is regressed on its keys,
+values and place: ridge regression, from sums, so that any number of tokens fits in memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
-from adaptivekv.policies.eviction.surrogate import Surrogate, blocks, folder_of_own, held, mark_of
+from adaptivekv.policies.eviction.surrogate import PLACE, Surrogate, blocks, folder_of_own, inputs, mark_of
 from adaptivekv.recall import recall
 from adaptivekv.trainer import workload
 from adaptivekv.trainer.branch import feed
 
-FLOOR = 1e-5  # of attention; below, a token is worth nothing
+FLOOR = 1e-8  # of squared attention; below, a token is worth nothing
 RIDGE = 1e-3  # of each input's variance
 HELD_OUT = 5  # every fifth prompt tells how good the map is; the map that is saved has seen it too
 
@@ -81,7 +81,7 @@ def calibrate(
     """Write the surrogate of a model to `out` (default: where `AdaptiveCache` finds it).
 
     file: a text to read pieces of, `max_tokens` long (default: prompts of the mixed scenario's split train). In memory:
-    two matrices a layer of (D + 1)^2 float64, D = heads x (k_dim + v_dim).
+    two matrices a layer of (D + 1)^2 float64, D = heads x (k_dim + v_dim) + 3.
     Returns file, prompts, tokens, r2 (of prompts that were held out), r2_worst (of any layer), r2_layers.
     """
     if max_tokens <= PAGE:
@@ -137,7 +137,7 @@ def surrogate(loaded: LoadedModel, layers: Iterable[Sums]) -> Surrogate:
 
 @torch.inference_mode()
 def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Layer by layer what all heads hold of each sealed token, [n, D], and the log of what it is paid, [n, H]."""
+    """Layer by layer `inputs` of each sealed token, [n, D], and the log of what it is paid, [n, H]."""
     watch = Controller(Plan.parse("kvzip(1)"), watch=True, candidates=("full",))
     cache = AdaptiveCache(loaded.model, controller=watch, max_tokens=len(ids) + PAGE, host=0)
     cache.expect(len(ids), 1)
@@ -147,8 +147,8 @@ def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor
     end = sequence.length - sequence.tail_len
     for layer, credit in enumerate(sequence.credits["recall"]):
         paid = torch.from_numpy(credit[:, :end].T).to(loaded.device).clamp_min(FLOOR).log()
-        absent = paid.new_zeros(paid.shape[1] * (cache.shapes[layer].k_dim + cache.shapes[layer].v_dim))
-        yield torch.cat([held(sequence, layer, a, b, absent) for a, b in blocks(sequence, 0, end)]), paid
+        absent = paid.new_zeros(paid.shape[1] * (cache.shapes[layer].k_dim + cache.shapes[layer].v_dim) + PLACE)
+        yield torch.cat([inputs(sequence, layer, a, b, absent) for a, b in blocks(sequence, 0, end)]), paid
     cache.clear()
 
 

@@ -15,12 +15,14 @@ from adaptivekv.policies.eviction.base import Eviction
 
 @dataclass(frozen=True)
 class KVzip(Eviction):
-    """A slot is worth the most attention that any token pays it while the prompt is repeated (`adaptivekv.recall`).
+    """A slot is worth the attention that all tokens pay it while the prompt is repeated (`adaptivekv.recall`), squared.
 
     All layers and heads share one budget by default, as in the paper. The only score here that costs a second reading
     of the prompt; like `kvzap`, it knows no question.
 
-    Differs from the paper: a head's best fifth of its layer's share is safe (Ada-KV); attention is measured against the
+    Differs from the paper: it takes the largest attention of any token, which loses two to three times as much as the
+    sum of squares, to first order the squared error that an output has without the slot (docs/methods.md); a head's
+    best fifth of its layer's share is safe (Ada-KV); attention is measured against the
     whole cache, not against the repeated chunk alone; the repetition is not asked for in words (asking changed nothing,
     docs/methods.md), so that a cache, which has no tokenizer, can do it.
     """

@@ -1,7 +1,7 @@
 """What a second reading of a prompt would find, foretold from its keys and values (KVzap, arXiv 2601.07891).
 
-One linear map a layer, fitted once for a model by `adaptivekv calibrate`: from what all heads hold of a token to the
-logarithm of the attention that its most eager repeating token would pay it in each head.
+One linear map a layer, fitted once for a model by `adaptivekv calibrate`: from what all heads hold of a token and where
+it stands in its prompt to the logarithm of the squared attention that the repeating tokens would pay it in each head.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.paths import cache_root
 
-VERSION = 1
+VERSION = 2
 SHIPPED = Path(__file__).parents[2] / "champion"
 NAME = "surrogate"  # of its credits in `Sequence.credits`
 PARTS = ("mean", "weight", "bias")
+PLACE = 3  # inputs that say where a token stands
 log = logging.getLogger("adaptivekv")
 
 
 @dataclass(eq=False)
 class Surrogate:
-    """mean: a layer [D], what an absent key or value counts as; weight: [D, H], bias: [H]; D = H * (k_dim + v_dim)."""
+    """mean: a layer [D], what an absent key or value counts as; weight: [D, H], bias: [H]; D: see `inputs`."""
 
     mean: list[np.ndarray]
     weight: list[np.ndarray]
@@ -50,7 +51,7 @@ class Surrogate:
     def predict(self, sequence: Sequence, layer: int, start: int, end: int) -> Tensor:
         """Log credit of the sealed tokens at positions from `start` to before `end`: float32 [H, end - start]."""
         mean, weight, bias = (part[layer] for part in self.on(sequence.pool.device))
-        parts = [(held(sequence, layer, a, b, mean) - mean) @ weight + bias for a, b in blocks(sequence, start, end)]
+        parts = [(inputs(sequence, layer, a, b, mean) - mean) @ weight + bias for a, b in blocks(sequence, start, end)]
         return torch.cat(parts).T
 
     def save(self, path: Path) -> None:
@@ -85,7 +86,7 @@ class Surrogate:
 
     def suits(self, mark: np.ndarray, shapes: list[LayerShape]) -> bool:
         """Whether it was fitted for a model with this mark and these layers, whatever their precision."""
-        wanted = [(s.heads * (s.k_dim + s.v_dim), s.heads) for s in shapes]
+        wanted = [(s.heads * (s.k_dim + s.v_dim) + PLACE, s.heads) for s in shapes]
         same = [part.shape for part in self.weight] == wanted and self.mark.shape == mark.shape
         return same and np.allclose(self.mark, mark, rtol=0.05, atol=1e-3)
 
@@ -142,11 +143,19 @@ def blocks(sequence: Sequence, start: int, end: int) -> Iterator[tuple[int, int]
         yield a, min(a + step, end)
 
 
-def held(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -> Tensor:
-    """Keys and values of all heads at the positions from `start` to before `end`, float32 [n, H * (k_dim + v_dim)].
+def inputs(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -> Tensor:
+    """Of the positions from `start` to before `end` the keys and values of all heads, and the logarithms of how many
+    tokens stand up to there, from there on and in all of the prompt: float32 [n, D], D = H * (k_dim + v_dim) + PLACE.
 
-    absent: what stands for those that a head no longer holds, [D].
+    absent: what stands for keys and values that a head no longer holds, [D].
     """
+    at, tokens = torch.arange(start, end, device=absent.device), max(sequence.length, sequence.prompt)
+    place = torch.stack([at + 1, tokens - at, torch.full_like(at, tokens)], 1).log()
+    return torch.cat([held(sequence, layer, start, end, absent[:-PLACE]), place], 1)
+
+
+def held(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -> Tensor:
+    """Keys and values alone, as `inputs` gives them."""
     ids, pool = sequence.ids[layer], sequence.pool
     head, column = np.nonzero((ids >= 0) & (pool.first[ids] < end) & (pool.last[ids] >= start))
     pages = ids[head, column]
