@@ -31,7 +31,7 @@ from transformers.models import (
 
 from adaptivekv.layers import layer_shapes
 from adaptivekv.memory.shapes import LayerShape
-from adaptivekv.policies.eviction.surrogate import PLACE, Surrogate, mark_of
+from adaptivekv.policies.eviction.surrogate import Surrogate, mark_of, width
 
 SMALL = {
     "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -127,7 +127,7 @@ def calibrated(model: PreTrainedModel, folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def random_surrogate(shapes: list[LayerShape], mark: np.ndarray | None = None) -> Surrogate:
-    rng, sizes = np.random.default_rng(0), [(s.heads * (s.k_dim + s.v_dim) + PLACE, s.heads) for s in shapes]
+    rng, sizes = np.random.default_rng(0), [(width(s), s.heads) for s in shapes]
     mean, weight, bias = (
         [rng.standard_normal(size).astype(np.float32) for size in each]
         for each in ([d for d, _ in sizes], sizes, [h for _, h in sizes])

@@ -178,12 +178,16 @@ def kvzip(tiny, layer):
     return torch.from_numpy(tiny.sequence.credits["recall"][layer])
 
 
+def known(k, v):
+    return torch.cat([k, v, k.norm()[None], v.norm()[None]])
+
+
 def kvzap(tiny, layer):
-    """All heads' keys and values of a token and where it stands, less their mean, times the layer's map."""
+    """All heads' keys, values and their norms, and where the token stands, less their mean, times the layer's map."""
     mean, weight, bias = (getattr(SURROGATE, name)[layer] for name in ("mean", "weight", "bias"))
     rows = [
         torch.cat(
-            [torch.cat([k[t], v[t]]) for k, v in zip(tiny.k[layer], tiny.v[layer], strict=True)]
+            [known(k[t], v[t]) for k, v in zip(tiny.k[layer], tiny.v[layer], strict=True)]
             + [torch.tensor([t + 1, TOKENS - t, TOKENS]).log()]
         )
         for t in range(TOKENS)

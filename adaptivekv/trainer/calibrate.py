@@ -1,7 +1,7 @@
 """Fits the map that foretells a second reading (policies/eviction/surrogate.py), once for a model.
 
 Each prompt is read twice, as `kvzip` does, and the logarithm of what every token was paid is regressed on its keys,
-values and place: ridge regression, from sums, so that any number of tokens fits in memory.
+values, their norms and its place: ridge regression, from sums, so that any number of tokens fits in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
-from adaptivekv.policies.eviction.surrogate import PLACE, Surrogate, blocks, folder_of_own, inputs, mark_of
+from adaptivekv.policies.eviction.surrogate import Surrogate, blocks, folder_of_own, inputs, mark_of, width
 from adaptivekv.recall import recall
 from adaptivekv.trainer import workload
 from adaptivekv.trainer.branch import feed
@@ -81,7 +81,7 @@ def calibrate(
     """Write the surrogate of a model to `out` (default: where `AdaptiveCache` finds it).
 
     file: a text to read pieces of, `max_tokens` long (default: prompts of the mixed scenario's split train). In memory:
-    two matrices a layer of (D + 1)^2 float64, D = heads x (k_dim + v_dim) + 3.
+    two matrices a layer of (D + 1)^2 float64, D = heads x (k_dim + v_dim + 2) + 3.
     Returns file, prompts, tokens, r2 (of prompts that were held out), r2_worst (of any layer), r2_layers.
     """
     if max_tokens <= PAGE:
@@ -147,7 +147,7 @@ def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor
     end = sequence.length - sequence.tail_len
     for layer, credit in enumerate(sequence.credits["recall"]):
         paid = torch.from_numpy(credit[:, :end].T).to(loaded.device).clamp_min(FLOOR).log()
-        absent = paid.new_zeros(paid.shape[1] * (cache.shapes[layer].k_dim + cache.shapes[layer].v_dim) + PLACE)
+        absent = paid.new_zeros(width(cache.shapes[layer]))
         yield torch.cat([inputs(sequence, layer, a, b, absent) for a, b in blocks(sequence, 0, end)]), paid
     cache.clear()
 

@@ -86,7 +86,7 @@ class Surrogate:
 
     def suits(self, mark: np.ndarray, shapes: list[LayerShape]) -> bool:
         """Whether it was fitted for a model with this mark and these layers, whatever their precision."""
-        wanted = [(s.heads * (s.k_dim + s.v_dim) + PLACE, s.heads) for s in shapes]
+        wanted = [(width(s), s.heads) for s in shapes]
         same = [part.shape for part in self.weight] == wanted and self.mark.shape == mark.shape
         return same and np.allclose(self.mark, mark, rtol=0.05, atol=1e-3)
 
@@ -144,18 +144,23 @@ def blocks(sequence: Sequence, start: int, end: int) -> Iterator[tuple[int, int]
 
 
 def inputs(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -> Tensor:
-    """Of the positions from `start` to before `end` the keys and values of all heads, and the logarithms of how many
-    tokens stand up to there, from there on and in all of the prompt: float32 [n, D], D = H * (k_dim + v_dim) + PLACE.
+    """Of the positions from `start` to before `end` the keys and values of all heads and their norms, and the logarithms
+    of how many tokens stand up to there, from there on and in all of the prompt: float32 [n, D].
 
-    absent: what stands for keys and values that a head no longer holds, [D].
+    absent: what stands for what a head no longer holds, [D].
     """
     at, tokens = torch.arange(start, end, device=absent.device), max(sequence.length, sequence.prompt)
     place = torch.stack([at + 1, tokens - at, torch.full_like(at, tokens)], 1).log()
     return torch.cat([held(sequence, layer, start, end, absent[:-PLACE]), place], 1)
 
 
+def width(shape: LayerShape) -> int:
+    """D of `inputs`."""
+    return shape.heads * (shape.k_dim + shape.v_dim + 2) + PLACE
+
+
 def held(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -> Tensor:
-    """Keys and values alone, as `inputs` gives them."""
+    """Keys, values and norms, as `inputs` gives them."""
     ids, pool = sequence.ids[layer], sequence.pool
     head, column = np.nonzero((ids >= 0) & (pool.first[ids] < end) & (pool.last[ids] >= start))
     pages = ids[head, column]
@@ -165,5 +170,7 @@ def held(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -
         here = (np.arange(PAGE) < pool.count[some][:, None]) & (pos >= 0) & (pos < end - start)
         rows = torch.from_numpy(np.flatnonzero(here)).to(pool.device)
         cells = torch.from_numpy(pos[here] * len(ids) + np.repeat(head[at], here.sum(1))).to(pool.device)
-        out.view(-1, out.shape[-1])[cells] = torch.cat(pool.read(some), -1).flatten(0, 1)[rows]
+        k, v = pool.read(some)
+        known = torch.cat([k, v, k.norm(dim=-1, keepdim=True), v.norm(dim=-1, keepdim=True)], -1)
+        out.view(-1, out.shape[-1])[cells] = known.flatten(0, 1)[rows]
     return out.flatten(1)
