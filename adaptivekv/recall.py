@@ -24,7 +24,8 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
     sum of its squares.
 
     ids: int [B, n], the tokens seen, padding included; mask: which of them are real, [B, n] (None: all). Credits go to
-    `Sequence.credits`; those of an earlier turn are added to. Costs about as much as reading the prompt did; stores nothing.
+    `Sequence.credits`; those of an earlier turn are added to. Costs about as much as reading the prompt did; stores
+    nothing.
     """
     for sequence in cache.sequences:
         sequence.credit("recall", sequence.length)

@@ -21,8 +21,8 @@ class KVzap(KVzip):
 
     It knows no question, costs one product a token, and may act while a prompt is still being read.
 
-    Differs from the paper: keys and values go in instead of the hidden state, which a cache never sees; a share of the
-    slots is kept instead of those above a threshold; what is generated is kept.
+    Differs from the paper: keys, values, their norms and the token's place go in instead of the hidden state, which a
+    cache never sees; a share of the slots is kept instead of those above a threshold; what is generated is kept.
     """
 
     name: ClassVar[str] = "kvzap"

@@ -144,8 +144,8 @@ def blocks(sequence: Sequence, start: int, end: int) -> Iterator[tuple[int, int]
 
 
 def inputs(sequence: Sequence, layer: int, start: int, end: int, absent: Tensor) -> Tensor:
-    """Of the positions from `start` to before `end` the keys and values of all heads and their norms, and the logarithms
-    of how many tokens stand up to there, from there on and in all of the prompt: float32 [n, D].
+    """Of the positions from `start` to before `end` the keys and values of all heads and their norms, and the
+    logarithms of how many tokens stand up to there, from there on and in all of the prompt: float32 [n, D].
 
     absent: what stands for what a head no longer holds, [D].
     """
