@@ -23,12 +23,12 @@ def test_save_and_load_bit_for_bit(tmp_path):
     sequence.move([~first, second & (np.arange(second.shape[1]) < 2)], HOST)
     sequence.move([first & (np.arange(first.shape[1]) == 1), ~second], DISK)
     sequence.move([first & (np.arange(first.shape[1]) == 2), ~second], HOST, split=True)
-    sequence.protected = [(3, 9)]
+    sequence.protected, sequence.prompt = [(3, 9)], 310
     sequence.credits["recall"] = [np.random.default_rng(0).random((len(ids), 300), np.float32) for ids in sequence.ids]
     store.save(sequence, tmp_path / "cache")
     other = store.load(pool(), tmp_path / "cache")
     same(content(other), content(sequence))
-    assert (other.length, other.tail_len, other.protected) == (300, 300 % 64, [(3, 9)])
+    assert (other.length, other.prompt, other.tail_len, other.protected) == (300, 310, 300 % 64, [(3, 9)])
     assert all(np.array_equal(*pair) for pair in zip(other.credits["recall"], sequence.credits["recall"], strict=True))
     keys = sum(p.k_bytes[p.layer[ids], p.code[ids]][p.split[ids]].sum() for ids in sequence.pages())
     assert keys > 0 and other.bytes(HOST) == sequence.bytes(HOST) + keys  # a split page comes back whole

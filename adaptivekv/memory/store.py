@@ -19,7 +19,7 @@ from adaptivekv.memory.pages import PagePool
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import DEVICE, DISK, HOST, TIERS
 
-VERSION = 3
+VERSION = 4
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -59,6 +59,7 @@ def save(sequence: Sequence, path: str | Path) -> None:
     tensors["tail_pos"] = torch.from_numpy(sequence.tail_pos.copy())
     numbers = {
         "length": sequence.length,
+        "prompt": sequence.prompt,
         "tail_len": sequence.tail_len,
         "window": sequence.window,
         "ring_fill": sequence.ring_fill,
@@ -103,7 +104,8 @@ def load(pool: PagePool, path: str | Path) -> Sequence:
     except Exception:
         sequence.free()
         raise
-    sequence.length, sequence.tail_len, sequence.ring_fill = head["length"], head["tail_len"], head["ring_fill"]
+    for name in ("length", "prompt", "tail_len", "ring_fill"):
+        setattr(sequence, name, head[name])
     sequence.tail_pos[:] = tensors["tail_pos"].numpy()
     sequence.protected = [tuple(span) for span in head["protected"]]
     layers = range(len(pool.layers))
