@@ -178,7 +178,7 @@ def kvzip(tiny, layer):
     return torch.from_numpy(tiny.sequence.credits["recall"][layer])
 
 
-def known(k, v):
+def with_norms(k, v):
     return torch.cat([k, v, k.norm()[None], v.norm()[None]])
 
 
@@ -187,7 +187,7 @@ def kvzap(tiny, layer):
     mean, weight, bias = (getattr(SURROGATE, name)[layer] for name in ("mean", "weight", "bias"))
     rows = [
         torch.cat(
-            [known(k[t], v[t]) for k, v in zip(tiny.k[layer], tiny.v[layer], strict=True)]
+            [with_norms(k[t], v[t]) for k, v in zip(tiny.k[layer], tiny.v[layer], strict=True)]
             + [torch.tensor([t + 1, TOKENS - t, TOKENS]).log()]
         )
         for t in range(TOKENS)

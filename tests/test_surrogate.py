@@ -9,7 +9,7 @@ import torch
 from models import calibrated, tiny
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
-from test_methods import SHAPES, SURROGATE, TOKENS, Tiny, known
+from test_methods import SHAPES, SURROGATE, TOKENS, Tiny, with_norms
 from typer.testing import CliRunner
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError, Plan
@@ -72,7 +72,7 @@ def test_what_a_head_has_lost_counts_as_the_mean():
             row = mean[:-PLACE].copy().reshape(shape.heads, -1)
             for head in range(shape.heads):
                 if t in pos[head][used[head]]:
-                    row[head] = known(small.k[layer][head, t], small.v[layer][head, t]).numpy()
+                    row[head] = with_norms(small.k[layer][head, t], small.v[layer][head, t]).numpy()
                 else:
                     lost += 1
             row = np.concatenate([row.ravel(), np.log([t + 1, TOKENS - t, TOKENS])])
