@@ -12,7 +12,7 @@ from experiments import away
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "experiments" / "data" / "again" / "gpu"
-PLAN = "kvzap(0.2) | k4v2(window=0, guard=int8) | offload(0.05)"
+PLAN = "kvzap(0.2) | int4(window=0, guard=int8) | offload(0.05)"
 
 
 def test_merge_replaces_adds_and_drops(tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_a_process_that_fails_is_told_of(tmp_path, capsys):
 
 def test_losses_tell_one_answer_from_another(monkeypatch):
     """Those of the same requests on a CPU and on a GPU: one answer has another length, one goes another way."""
-    monkeypatch.setattr(away, "WITNESS", "k4v2(window=0)")  # as it was when these were replayed
+    monkeypatch.setattr(away, "WITNESS", "int4")  # as it was when these were replayed
     gpu = away.by_request(trajectories.read(DATA).to_pylist())
     cpu = away.by_request(trajectories.read(DATA.with_name("cpu")).to_pylist())
     other = [

@@ -84,11 +84,11 @@ class Labeller(Worker):
                 state[SESSION] = 0.0  # one turn is judged: a label that knows of no other says nothing of them
                 cpu = self.loaded.device.type == "cpu"
                 link = 10 ** state[LINK] if cpu and math.isfinite(state[LINK]) else None
-                runs = [(plan, replaying.replay(reference, plan)) for plan in plans]
+                runs = replaying.replays(reference, plans)
                 asked = _asked(sample, new)
                 own = {"session_id": sample.session, "label_prob": sample.prob, "model": reference.cache.mark}
                 tokens = len(reference.tokens)
-                return [row(asked, state, plans, plan, run, tokens, link) | own for plan, run in runs]
+                return [row(asked, state, plans, plan, run, tokens, link) | own for plan, run in runs.items()]
             finally:
                 reference.free()
         except AdaptiveKVError as error:

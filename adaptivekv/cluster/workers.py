@@ -104,24 +104,17 @@ class ReplayWorker(Worker):
             free = new if request.split == "test" and prompt.answers else 0  # an own answer doubles the work
             full = replaying.replay(reference, "full", text=free, timed=timed)
             limits = room(request, full.device_bytes)
-            host, runs = int(limits["host_room"]), {"full": full}
-            for plan in self.plans:
-                if (alike := unmoved(plan, host)) not in runs:
-                    runs[alike] = replaying.replay(reference, alike, text=free, host=host, timed=timed)
+            rest = [plan for plan in self.plans if plan != "full"]
+            runs = {"full": full} | replaying.replays(reference, rest, free, int(limits["host_room"]), timed)
             tokens = len(reference.tokens)
             return [
                 row(request, state, self.plans, plan, run, tokens, link) | limits
                 | {"label_right": None if run.text is None else tasks.score(prompt.answers, run.text)}
                 | {"model": reference.cache.mark}
-                for plan, run in ((plan, runs[unmoved(plan, host)]) for plan in self.plans)
+                for plan, run in runs.items()
             ]  # fmt: skip
         finally:
             reference.free()
-
-
-def unmoved(plan: str, host: int) -> str:
-    """What a plan comes to where the host has so many bytes: where it has none, nothing is offloaded."""
-    return plan if host else str(Plan(tuple(stage for stage in Plan.parse(plan).stages if stage.kind != "offload")))
 
 
 def features(request: Request, prompt: Prompt, reference: replaying.Reference, drawn: bool) -> dict[str, float]:

@@ -85,13 +85,21 @@ class Reference:
 class Branch:
     """One request that goes on from a copy of the reference's cache under a controller of its own."""
 
-    def __init__(self, reference: Reference, controller: Controller, budget: Budget, host: int | None = None):
+    def __init__(
+        self,
+        reference: Reference,
+        controller: Controller,
+        budget: Budget,
+        host: int | None = None,
+        more: int = TIMED,
+    ):
+        """more: decode steps that will come after the last token."""
         self.reference, self.loaded = reference, reference.loaded
         mine, (theirs,) = reference.cache, reference.cache.requests
         new = reference.new
         self.cache = cache = AdaptiveCache(
             self.loaded.model, budget, controller.quality, kv_dtype=mine.dtype, host=host, controller=controller,
-            max_tokens=reference.length + TIMED,
+            max_tokens=reference.length + more,
         )  # fmt: skip
         cache.expect(reference.prompt, new, {k: v for k, v in theirs.facts.items() if not k.startswith("logit_")})
         cache.admit(1, [mine.seen])
@@ -155,6 +163,11 @@ class Branch:
         start = self.clock()
         float(self.step([token])[0, 0])  # a read, so a GPU is waited for
         return self.clock() - start
+
+    def quickest(self, steps: int) -> float:
+        """Milliseconds of the quickest of so many decode steps of the answer's last token."""
+        token = self.reference.turns[-1].tokens[-1]
+        return 1e3 * min(self.timed(token) for _ in range(steps))
 
     def free(self) -> None:
         self.cache.clear()

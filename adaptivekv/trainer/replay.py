@@ -14,8 +14,10 @@ steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from adaptivekv.features.request import text_features
 from adaptivekv.memory.shapes import DEVICE, DISK, HOST
 from adaptivekv.model import LoadedModel
 from adaptivekv.plan import Plan
+from adaptivekv.policies.offload.host import Offload
 from adaptivekv.recall import recall
 from adaptivekv.trainer.branch import TIMED, Branch, Budget, Reference, Turn, feed, stop_tokens
 
@@ -128,17 +131,74 @@ def replay(
     it was.
     """
     controller = plan if isinstance(plan, Controller) else Controller(Plan.parse(plan))
+    return _replay(reference, controller, budget, text, host, timed)[0]
+
+
+def replays(
+    reference: Reference,
+    plans: Iterable[str],
+    text: int = 0,
+    host: int | None = None,
+    timed: int = TIMED,
+) -> dict[str, Replay]:
+    """`replay` of each of many plans, by the name it was asked for by.
+
+    Plans that differ in their offload alone are one run, since what is offloaded is attended as it is: tokens are
+    forced once, with everything on the device; then each placement's bytes are counted and its steps timed.
+    """
+    asked, alike, made = {}, defaultdict[Plan, list[Plan]](list), dict[Plan, Replay]()
+    for name in plans:
+        plan = Plan.parse(name)
+        rest = Plan(tuple(stage for stage in plan.stages if stage.kind != "offload"))
+        asked[name] = rest if host == 0 else plan  # where there is no host, nothing moves
+        if asked[name] not in alike[rest]:
+            alike[rest].append(asked[name])
+    for rest, placements in alike.items():
+        runs = _replay(reference, Controller(rest), None, text, host, timed, placements)
+        made |= zip(placements, runs, strict=True)
+    return {name: made[plan] for name, plan in asked.items()}
+
+
+def _replay(
+    reference: Reference,
+    controller: Controller,
+    budget: Budget,
+    text: int,
+    host: int | None,
+    timed: int,
+    placements: Sequence[Plan] = (),
+) -> list[Replay]:
+    """placements: the controller's plan with what is to be offloaded once all tokens were forced; a Replay of each."""
     start, state = time.perf_counter(), controller.rng.bit_generator.state
     with torch.inference_mode():
-        run = Branch(reference, controller, budget, host)
+        run = Branch(reference, controller, budget, host, timed * max(1, len(placements)))
         try:
-            out, agreed = _forced(run, timed)
+            made, agreed = _forced(run)
+            out = [_placed(run, made, plan) for plan in placements] or [made]
+            for one, plan in zip_longest(out, placements):  # after all, since steps lengthen the tail
+                if plan:
+                    _placed(run, made, plan)
+                one.step_ms = run.quickest(timed)
         finally:
             run.free()
         if text:
-            out.text = _answer(reference, controller, state, budget, host, min(text, reference.new), agreed)
-    out.seconds = time.perf_counter() - start
+            made.text = _answer(reference, controller, state, budget, host, min(text, reference.new), agreed)
+    for one in out:
+        one.text, one.seconds = made.text, time.perf_counter() - start
     return out
+
+
+def _placed(run: Branch, made: Replay, plan: Plan) -> Replay:
+    """What was made, with pages where the plan wants them."""
+    sequence, offload, start = run.request.sequence, plan.stage("offload"), run.clock()
+    (offload or Offload(1.0)).apply(sequence)
+    if not offload:
+        return replace(made)
+    away = sequence.bytes(HOST) + sequence.bytes(DISK)
+    return replace(
+        made, plan=str(plan), apply_s=made.apply_s + run.clock() - start, device_bytes=sequence.bytes(DEVICE),
+        host_bytes=away, device_mean=max(0.0, made.device_mean - away),
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -176,7 +236,7 @@ def _answer(
     return reference.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _forced(run: Branch, timed: int) -> tuple[Replay, int]:
+def _forced(run: Branch) -> tuple[Replay, int]:
     """The reference's tokens, whatever this run would have chosen; and how many it would have chosen at first."""
     losses: list[float] = []
     flips, held, other = 0, [(0, 0)], list[bool]()
@@ -209,5 +269,4 @@ def _forced(run: Branch, timed: int) -> tuple[Replay, int]:
         decisions=list(run.request.decisions),
         kl=losses,
     )
-    made.step_ms = 1e3 * min(run.timed(turn.tokens[-1]) for _ in range(timed))
     return made, [*other, True].index(True)
