@@ -214,6 +214,9 @@ def merge(study: Path, out: Path, drop: bool = False) -> None:
         raise AdaptiveKVError(f"{lacking} requests lack a plan; collect them, or leave them out with --drop")
     chances = {"plans": list(plans), "allowed": [True] * len(plans), "probs": [1 / len(plans)] * len(plans)}
     for file, requests in made.items():
+        if not requests:
+            file.unlink(missing_ok=True)
+            continue
         rows = [row | chances for request in requests for row in request]
         table = pa.Table.from_pylist(rows, schema=trajectories.SCHEMA)
         trajectories.write(cputimes.retimed(table, steps), file)

@@ -8,7 +8,7 @@ from adaptivekv.controller import Controller
 from adaptivekv.memory.shapes import DEVICE
 from adaptivekv.trainer.branch import Branch
 from adaptivekv.trainer.evaluate import COLUMNS, NEW, evaluate
-from adaptivekv.trainer.replay import answer, reference, replay
+from adaptivekv.trainer.replay import answer, reference, replay, replays
 from adaptivekv.trainer.tasks import BOOK, TASKS, Task, haystack, make
 
 LENGTH = 400
@@ -123,6 +123,25 @@ def test_losses_are_ordered_and_bytes_fall(read):
     assert offload.kl_mean < 1e-6 and offload.host_bytes > 0 and offload.device_bytes < full.device_bytes
     disk = replay(read, "offload(0.3, host=0.3)")
     assert (disk.device_bytes, disk.host_bytes) == (offload.device_bytes, offload.host_bytes)  # all that is below
+
+
+def test_plans_that_differ_in_their_offload_alone_are_one_run(smol, book):
+    """Whatever moves, losses, bytes and answers are those of a replay of each. A page is sealed on the way."""
+    made = reference(smol, smol.tokenizer(book[:2000]).input_ids[:200], 12)
+    plans = [
+        "offload(0.3)", "full", "streaming(0.3) | int4 | offload(0.1)", "streaming(0.3) | int4",
+        "int4 | offload(0.2, by=values) | retrieve(0.5, by=keys)",
+    ]  # fmt: skip
+    together = replays(made, plans, text=4, timed=1)
+    assert list(together) == plans
+    for name, run in together.items():
+        alone = replay(made, name, text=4, timed=1)
+        assert run.kl == pytest.approx(alone.kl, abs=ROUNDING) and (run.plan, run.text) == (alone.plan, alone.text)
+        assert (run.device_bytes, run.host_bytes) == (alone.device_bytes, alone.host_bytes)
+        assert (run.host_bytes > 0) == ("offload" in name) and run.step_ms > 0
+    still = replays(made, plans[:3], host=0, timed=1)
+    assert still["offload(0.3)"] is still["full"] and still[plans[2]].host_bytes == 0
+    made.free()
 
 
 def test_an_answer_of_its_own_goes_on_where_it_first_differs(smol, book):
