@@ -66,6 +66,9 @@ class Plan:
         """The stage of a kind, or None."""
         return next((stage for stage in self.stages if stage.kind == kind), None)
 
+    def without(self, kind: str) -> Plan:
+        return Plan(tuple(stage for stage in self.stages if stage.kind != kind))
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(stage.needs for stage in self.stages))

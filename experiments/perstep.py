@@ -33,11 +33,12 @@ from adaptivekv.controller import KAPPA, Controller
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.shapes import DEVICE, HOST
+from adaptivekv.plan import Plan
 from adaptivekv.trainer import registry, sources
 from adaptivekv.trainer.replay import reference, replay
 from experiments.selector import machine, rounded
 
-PLANS = tuple(dict.fromkeys(plan.removesuffix(" | offload(0.05)") for plan in CANDIDATES if plan != "offload(0.05)"))
+PLANS = tuple(dict.fromkeys(str(Plan.parse(plan).without("offload")) for plan in CANDIDATES))
 PAIRS = ("book/14", "python/asyncio/tasks.py>book/22", "book/27>python/_pyio.py", "packages/01>book/35")
 WAYS = {"once": 1 << 30, "steps": 32, "ahead": 32, "fixed": 1 << 30}  # tokens between two decisions
 

@@ -149,7 +149,7 @@ def replays(
     asked, alike, made = {}, defaultdict[Plan, list[Plan]](list), dict[Plan, Replay]()
     for name in plans:
         plan = Plan.parse(name)
-        rest = Plan(tuple(stage for stage in plan.stages if stage.kind != "offload"))
+        rest = plan.without("offload")
         asked[name] = rest if host == 0 else plan  # where there is no host, nothing moves
         if asked[name] not in alike[rest]:
             alike[rest].append(asked[name])
