@@ -167,13 +167,12 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
 def attend_sequence(
     sequence: Sequence, layer: int, q: Tensor, k: Tensor, v: Tensor,
     scale: float, softcap: float | None = None, sinks: Tensor | None = None, stats: bool = False, recall: bool = False,
-    relative: bool = False,
 ) -> Tensor:  # fmt: skip
     """One request, one layer: the new tokens attend to everything held and, causally, to each other.
 
     q [Hq, n, k_dim], k [H, n, k_dim], v [H, n, v_dim], rotary applied, pads removed. Stores nothing. With `stats`, the
     attention each page received goes into `sequence.mass`; with `recall`, the squares of what the new tokens paid each
-    sealed slot into `sequence.credits`, `relative` to what the layer returns. Returns [Hq, n, v_dim] float32.
+    sealed slot into `sequence.credits`. Returns [Hq, n, v_dim] float32.
     """
     heads, (q_heads, n, _) = len(k), q.shape
     group = q_heads // heads
@@ -200,19 +199,12 @@ def attend_sequence(
             mass = (page_lse - lse[:, None]).exp_().mean(-1)  # [H, P]
             sequence.measure(layer, at, mass.cpu().numpy())
     if recall:
-        weight = v.float().square().mean() / out.square().mean() if relative else 1.0
-        _credit(sequence, layer, rows, lse, scale, softcap, weight)
+        _credit(sequence, layer, rows, lse, scale, softcap)
     return _with_sinks(out.view(q_heads, n, -1), lse.view(q_heads, n), sinks)
 
 
-def _credit(
-    sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: float, softcap: float | None,
-    weight: float | Tensor,
-) -> None:  # fmt: skip
-    """Credit each sealed slot with the sum over rows of its squared attention: rows [H, M, k_dim], lse [H, M].
-
-    weight: what these squares are worth beside those of other layers.
-    """
+def _credit(sequence: Sequence, layer: int, rows: Tensor, lse: Tensor, scale: float, softcap: float | None) -> None:
+    """Credit each sealed slot with the squares of the attention weights of all rows: rows [H, M, k_dim], lse [H, M]."""
     used, pos = sequence.slots(layer)
     paid = []
     for h, (queries, total) in enumerate(zip(rows.float(), lse, strict=True)):
@@ -225,7 +217,7 @@ def _credit(
                 scores = scores.div_(softcap).tanh_().mul_(softcap)
             squares += scores.sub_(norm[:, None]).mul_(2).exp_().sum(0)
         paid.append(squares)
-    found = (torch.stack(paid) * weight).cpu().numpy()  # one wait a layer
+    found = torch.stack(paid).cpu().numpy()  # one wait a layer
     for credit, new, here, at in zip(sequence.credits["recall"][layer], found, used, pos, strict=True):
         credit[at[here]] += new[here.ravel()]
 

@@ -90,7 +90,6 @@ class AdaptiveCache(Cache):
         self.seen = 0  # tokens seen a row, pads included
         self.frozen = False
         self.recalling = False  # the frozen step under way is a second reading (`adaptivekv.recall`)
-        self.relative = False  # whose credits are measured against what a layer returns
         self.reading: bool | None = None  # whether what comes is prompt; None: several tokens at once are
         self._expected: tuple[int, int] | None = None  # prompt and new tokens, when the caller has said
         self._valid: list[Tensor | slice] = []  # of the step under way: which tokens of a row are real
@@ -238,7 +237,7 @@ class AdaptiveCache(Cache):
             q, k, v = query[b][:, valid], staged.key[b][:, valid], staged.value[b][:, valid]
             stats = not self.recalling and self.controller.wants_mass(request)
             out[b][:, valid] = attend_sequence(
-                sequence, staged.layer, q, k, v, scale, softcap, sinks, stats, self.recalling, self.relative
+                sequence, staged.layer, q, k, v, scale, softcap, sinks, stats, self.recalling
             ).to(out.dtype)
             if not self.frozen:
                 sequence.append(staged.layer, k, v, sequence.length + np.arange(self._new[b]))

@@ -14,7 +14,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from adaptivekv.cache import AdaptiveCache
 
-NORMED = ("post_feedforward_layernorm", "post_mlp_layernorm")  # of decoder layers that normalise their blocks' outputs
 CHUNK = 512  # tokens repeated at a time
 AGAIN = 8  # of the tokens before a chunk, put in front of it: where the repetition goes on
 
@@ -22,8 +21,7 @@ AGAIN = 8  # of the tokens before a chunk, put in front of it: where the repetit
 @torch.inference_mode()
 def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = None, start: int = 0) -> None:
     """Credit every key that `cache` holds with the attention that the tokens of `ids[:, start:]`, repeated, pay it: the
-    sum of its squares. Where a model normalises what its attention returns before it is added, an error counts by its
-    size beside that: squares are then times mean square of the layer's values over mean square of its output.
+    sum of its squares.
 
     ids: int [B, n], the tokens seen, padding included; mask: which of them are real, [B, n] (None: all). Credits go to
     `Sequence.credits`; those of an earlier turn are added to. Costs about as much as reading the prompt did; stores
@@ -33,7 +31,7 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
         sequence.credit("recall", sequence.length)
     real = torch.ones_like(ids) if mask is None else mask.to(ids)
     seen = torch.tensor([sequence.length for sequence in cache.sequences], device=ids.device)[:, None]
-    cache.recalling, cache.relative = True, normalises(model)
+    cache.recalling = True
     try:
         with cache.frozen_step():
             for at in range(start, ids.shape[1], CHUNK):
@@ -46,11 +44,6 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
                 )  # fmt: skip
     finally:
         cache.recalling = False
-
-
-def normalises(model: torch.nn.Module) -> bool:
-    """Whether the size of an attention layer's output is lost on its way to the next layer (Gemma 2 and 3, OLMo 2)."""
-    return any(name.rpartition(".")[2] in NORMED for name, _ in model.named_modules())
 
 
 class Recalling:

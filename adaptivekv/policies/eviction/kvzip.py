@@ -21,10 +21,9 @@ class KVzip(Eviction):
     of the prompt; like `kvzap`, it knows no question.
 
     Differs from the paper, which takes the largest attention of any token: the sum of squares is, to first order, the
-    squared error of outputs without the slot, and loses 36 to 60 % less (docs/methods.md), relative to the output where
-    the model normalises that. A head's best fifth of its layer's share is safe (Ada-KV); attention is measured against
-    the whole cache, not against the repeated chunk alone; the repetition is not asked for in words (asking changed
-    nothing), so that a cache without a tokenizer can do it.
+    squared error of outputs without the slot, and loses 36 to 60 % less (docs/methods.md). A head's best fifth of its
+    layer's share is safe (Ada-KV); attention is measured against the whole cache, not against the repeated chunk alone;
+    the repetition is not asked for in words (asking changed nothing), so that a cache without a tokenizer can do it.
     """
 
     heads: str = "adaptive"
