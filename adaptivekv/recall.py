@@ -33,11 +33,11 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
     seen = torch.tensor([sequence.length for sequence in cache.sequences], device=ids.device)[:, None]
     cache.recalling = True
     try:
-        with cache.frozen_step():
-            for at in range(start, ids.shape[1], CHUNK):
-                cut = slice(max(0, at - AGAIN), at + CHUNK)
-                tokens, valid = ids[:, cut], real[:, cut]
-                first = seen if not cache.positions else seen.clamp(max=cache.positions - tokens.shape[1])
+        for at in range(start, ids.shape[1], CHUNK):
+            cut = slice(max(0, at - AGAIN), at + CHUNK)
+            tokens, valid = ids[:, cut], real[:, cut]
+            first = seen if not cache.positions else seen.clamp(max=cache.positions - tokens.shape[1])
+            with cache.frozen_step():  # one a chunk: each follows the prompt, in sliding windows too
                 model(
                     input_ids=tokens, position_ids=first + (valid.cumsum(1) - 1).clamp(min=0),
                     attention_mask=torch.cat([real, valid], 1), past_key_values=cache, logits_to_keep=1,
