@@ -25,7 +25,8 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
 
     ids: int [B, n], the tokens seen, padding included; mask: which of them are real, [B, n] (None: all). Credits go to
     `Sequence.credits`; those of an earlier turn are added to. Costs about as much as reading the prompt did; stores
-    nothing.
+    nothing. Sliding windows show a chunk those repeated before it, though at its own positions: two ways without that
+    flaw lose more on the one model there is (docs/methods.md).
     """
     for sequence in cache.sequences:
         sequence.credit("recall", sequence.length)
@@ -33,11 +34,11 @@ def recall(model: Any, cache: AdaptiveCache, ids: Tensor, mask: Tensor | None = 
     seen = torch.tensor([sequence.length for sequence in cache.sequences], device=ids.device)[:, None]
     cache.recalling = True
     try:
-        for at in range(start, ids.shape[1], CHUNK):
-            cut = slice(max(0, at - AGAIN), at + CHUNK)
-            tokens, valid = ids[:, cut], real[:, cut]
-            first = seen if not cache.positions else seen.clamp(max=cache.positions - tokens.shape[1])
-            with cache.frozen_step():  # one a chunk: each follows the prompt, in sliding windows too
+        with cache.frozen_step():
+            for at in range(start, ids.shape[1], CHUNK):
+                cut = slice(max(0, at - AGAIN), at + CHUNK)
+                tokens, valid = ids[:, cut], real[:, cut]
+                first = seen if not cache.positions else seen.clamp(max=cache.positions - tokens.shape[1])
                 model(
                     input_ids=tokens, position_ids=first + (valid.cumsum(1) - 1).clamp(min=0),
                     attention_mask=torch.cat([real, valid], 1), past_key_values=cache, logits_to_keep=1,

@@ -6,7 +6,6 @@ from models import tiny
 
 from adaptivekv import AdaptiveCache, AdaptiveKVError
 from adaptivekv.engine.session import Options, Session
-from adaptivekv.layers import AdaptiveLayer
 from adaptivekv.recall import AGAIN, recall
 from adaptivekv.trainer.replay import reference, replay
 
@@ -27,32 +26,21 @@ def prompt(rows=1, n=200, seed=0):
     return torch.randint(2, 160, (rows, n), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(
-    "name, staging, chunk", [("llama", 4 << 20, 512), ("llama", 20_000, 512), ("gemma3", 4 << 20, 48)]
-)
-def test_credit_is_the_squared_attention_of_the_repeated_tokens(name, staging, chunk, monkeypatch):
-    """Against transformers' own attention weights over prompt and repetition.
-
-    Every chunk follows the whole prompt, whose end is what a sliding window shows.
-    """
-    monkeypatch.setattr("adaptivekv.recall.CHUNK", chunk)
-    model, ids = tiny(name), prompt()
+@pytest.mark.parametrize("staging", [4 << 20, 20_000])
+def test_credit_is_the_squared_attention_of_the_repeated_tokens(staging):
+    """Against transformers' own attention weights over prompt and repetition."""
+    model, ids = tiny(), prompt()
     cache = read(model, ids)
-    own = [i for i, layer in enumerate(cache.layers) if isinstance(layer, AdaptiveLayer)]
-    assert (len(own) < len(cache.layers)) == (name == "gemma3")
     cache.pool.staging_bytes = staging  # the second is room for 26 rows of scores
     recall(model, cache, ids)
     model.set_attn_implementation("eager")
-    paid = [0.0] * len(own)
-    for at in range(0, 200, chunk):
-        again = ids[:, max(0, at - AGAIN) : at + chunk]
-        with torch.no_grad():
-            weights = model(torch.cat([ids, again], 1), output_attentions=True).attentions
-        paid = [sum_ + weights[i][0, :, 200:, :192].square().sum(1) for sum_, i in zip(paid, own, strict=True)]
+    with torch.no_grad():
+        weights = model(torch.cat([ids, ids], 1), output_attentions=True).attentions
     (sequence,) = cache.sequences
-    for credit, heads in zip(sequence.credits["recall"], paid, strict=True):
-        want = heads.view(len(credit), -1, 192).sum(1)  # the last 8 are the tail
-        assert torch.allclose(torch.from_numpy(credit[:, :192]), want, rtol=1e-4, atol=1e-6)
+    for layer, credit in enumerate(sequence.credits["recall"]):
+        heads = len(credit)
+        paid = weights[layer][0, :, 200:, :192].square().sum(1).view(heads, -1, 192).sum(1)  # the last 8 are the tail
+        assert torch.allclose(torch.from_numpy(credit[:, :192]), paid, rtol=1e-4, atol=1e-6)
         assert not credit[:, 192:].any()
     sequence.pool.check_integrity()
     assert sequence.length == 200 and cache.seen == 200
