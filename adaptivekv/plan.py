@@ -67,6 +67,7 @@ class Plan:
         return next((stage for stage in self.stages if stage.kind == kind), None)
 
     def without(self, kind: str) -> Plan:
+        """The other stages."""
         return Plan(tuple(stage for stage in self.stages if stage.kind != kind))
 
     @property

@@ -175,9 +175,9 @@ def _replay(
         try:
             made, agreed = _forced(run)
             out = [_placed(run, made, plan) for plan in placements] or [made]
-            for one, plan in zip_longest(out, placements):  # after all, since steps lengthen the tail
+            for one, plan in zip_longest(out, placements):  # bytes of all are counted: steps lengthen the tail
                 if plan:
-                    _placed(run, made, plan)
+                    _place(run, plan)
                 one.step_ms = run.quickest(timed)
         finally:
             run.free()
@@ -188,16 +188,20 @@ def _replay(
     return out
 
 
+def _place(run: Branch, plan: Plan) -> None:
+    (plan.stage("offload") or Offload(1.0)).apply(run.request.sequence)
+
+
 def _placed(run: Branch, made: Replay, plan: Plan) -> Replay:
-    """What was made, with pages where the plan wants them."""
-    sequence, offload, start = run.request.sequence, plan.stage("offload"), run.clock()
-    (offload or Offload(1.0)).apply(sequence)
-    if not offload:
+    """What was made with all pages on the device, with pages where the plan wants them."""
+    if not plan.stage("offload"):
         return replace(made)
-    away = sequence.bytes(HOST) + sequence.bytes(DISK)
+    sequence, start = run.request.sequence, run.clock()
+    _place(run, plan)
+    seconds, away = run.clock() - start, sequence.bytes(HOST) + sequence.bytes(DISK)
     return replace(
-        made, plan=str(plan), apply_s=made.apply_s + run.clock() - start, device_bytes=sequence.bytes(DEVICE),
-        host_bytes=away, device_mean=max(0.0, made.device_mean - away),
+        made, plan=str(plan), apply_s=made.apply_s + seconds, device_bytes=sequence.bytes(DEVICE), host_bytes=away,
+        device_mean=max(0.0, made.device_mean - away),
     )  # fmt: skip
 
 
