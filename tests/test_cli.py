@@ -122,3 +122,15 @@ def test_plans_and_doctor_speak_json():
     assert all(row["name"] in table for row in rows) and "2505.23416" in table
     facts = json.loads(cli("doctor", "--json").stdout)
     assert facts["versions"]["torch"] and isinstance(facts["problems"], list)
+
+
+def test_nothing_is_imported_that_is_not_needed():
+    """torch and transformers take seconds: help and refusals wait for neither, the table of plans not for the last."""
+    code = """if True:
+        import sys, adaptivekv.cli
+        assert not {"torch", "transformers", "ray", "mlflow"} & set(sys.modules)
+        import adaptivekv.policies
+        assert "transformers" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

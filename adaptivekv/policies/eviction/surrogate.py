@@ -12,17 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from adaptivekv.errors import AdaptiveKVError
 from adaptivekv.kernels.codec import PAGE
 from adaptivekv.memory.sequence import Sequence
 from adaptivekv.memory.shapes import LayerShape
 from adaptivekv.paths import cache_root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSION = 2
 SHIPPED = Path(__file__).parents[2] / "champion"
