@@ -60,10 +60,20 @@ def test_requests_that_the_study_lacks_come_after_those_it_has(tmp_path):
 def test_a_process_that_fails_is_told_of(tmp_path, capsys):
     """A line that is no job ends the process that reads it, whatever GPU that was to use."""
     with lzma.open(tmp_path / "jobs.xz", "wt") as file:
-        file.write('{"request": {"id": "edge-0-test-00002"}}\n{}\n')
+        file.write('{"request": {"id": "edge-0-test-00002"}}\n{"request": {}}\n')
     with pytest.raises(AdaptiveKVError, match="1 of 1 processes failed and said why"):
         away.run(tmp_path / "jobs.xz", tmp_path / "lines", None, 60, 1)
     assert "0 done, 1 processes failed" in capsys.readouterr().out
+
+
+def test_a_file_that_was_cut_is_one_line(tmp_path):
+    jobs = tmp_path / "jobs.jsonl.xz"
+    whole = lzma.compress(b"".join(json.dumps({"request": {"id": str(i)}}).encode() + b"\n" for i in range(999)))
+    for content, why in ((whole[:-40], "cannot be read"), (lzma.compress(b"{}\n"), "holds no requests")):
+        jobs.write_bytes(content)
+        with pytest.raises(AdaptiveKVError, match=f"{jobs} {why}"):
+            away.run(jobs, tmp_path / "lines", None, 5.0, 1)
+    assert not (tmp_path / "lines").exists()
 
 
 def test_losses_tell_one_answer_from_another(monkeypatch):

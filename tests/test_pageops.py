@@ -209,4 +209,4 @@ def test_triton_equals_torch_on_the_gpu():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    check_triton("cpu", 32)
+    check_triton("cpu", 20)
