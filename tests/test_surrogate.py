@@ -19,8 +19,10 @@ from adaptivekv.controller import Controller
 from adaptivekv.engine.session import Options, Session
 from adaptivekv.errors import CacheFileError
 from adaptivekv.layers import layer_shapes
+from adaptivekv.model import LoadedModel
 from adaptivekv.policies.eviction import surrogate
 from adaptivekv.policies.eviction.surrogate import NAME, PLACE, SHIPPED, Surrogate, find, foretell
+from adaptivekv.trainer import calibrate
 from adaptivekv.trainer.calibrate import RIDGE, Sums
 from adaptivekv.trainer.replay import reference
 from adaptivekv.trainer.sources import text
@@ -57,6 +59,27 @@ def test_the_shipped_map_foretells_the_second_reading(smol):
         shares.append(len(best[0] & best[1]) / half)
     assert np.mean(shares) > 0.72 and min(shares) > 0.6
     made.free()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama"])
+def test_layers_compare_by_errors_beside_normalised_outputs(kind, monkeypatch):
+    model = tiny(kind)
+    loaded = LoadedModel(model, None, "tiny", torch.device("cpu"))
+    ids = torch.randint(2, 160, (140,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = [paid for _, paid in calibrate.credited(loaded, ids)]
+    sizes = {}
+    for layer in model.model.layers:
+        at = layer.self_attn
+        at.v_proj.register_forward_hook(lambda *a, at=at: sizes.setdefault(at, []).append(a[2]))
+        at.o_proj.register_forward_hook(lambda *a, at=at: sizes.setdefault(at, []).append(a[1][0]))
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    monkeypatch.setattr(calibrate, "NORMALISED", ("none",))
+    plain = [paid for _, paid in calibrate.credited(loaded, ids)]
+    for i, (got, before) in enumerate(zip(found, plain, strict=True)):
+        at = model.model.layers[2 * i + 1 if kind == "gemma3" else i].self_attn
+        v, o = (x[0].unflatten(-1, (-1, at.head_dim)).square().sum(-1).mean(-1).median().log() for x in sizes[at][:2])
+        assert torch.allclose(got - before, (v - o) * (kind == "gemma3"), atol=1e-3)
 
 
 def test_what_a_head_has_lost_counts_as_the_mean():

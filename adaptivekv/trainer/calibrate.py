@@ -2,6 +2,8 @@
 
 Each prompt is read twice, as `kvzip` does, and the logarithm of what every token was paid is regressed on its keys,
 values, their norms and its place: ridge regression, from sums, so that any number of tokens fits in memory.
+
+Where a model normalises what attention returns, an error counts beside the output it is in, and layers compare by that.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 from adaptivekv import model as models
+from adaptivekv.attention import Staged
 from adaptivekv.cache import AdaptiveCache
 from adaptivekv.console import read_text
 from adaptivekv.controller import Controller
@@ -30,6 +33,7 @@ from adaptivekv.trainer.branch import feed
 
 FLOOR = 1e-8  # of squared attention; below, a token is worth nothing
 RIDGE = 1e-3  # of each input's variance
+NORMALISED = ("post_feedforward_layernorm", "post_mlp_layernorm")  # Gemma, OLMo 2; GLM-4: outputs of both branches
 HELD_OUT = 5  # every fifth prompt tells how good the map is; the map that is saved has seen it too
 
 
@@ -135,11 +139,32 @@ def surrogate(loaded: LoadedModel, layers: Iterable[Sums]) -> Surrogate:
     return Surrogate(mean, weight, bias, mark_of(loaded.model))
 
 
+class Measuring(AdaptiveCache):
+    """A cache that notes how large values are, and the outputs that attention makes of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sizes: dict[int, list[torch.Tensor]] = {}  # a layer, by chunk: squared, mean of the heads, [2, n]
+
+    def attend(self, staged: Staged, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = super().attend(staged, query, *rest)
+        if not self.frozen:
+            sizes = [x[0].float().square().sum(-1).mean(0) for x in (staged.value, out)]
+            self.sizes.setdefault(staged.layer, []).append(torch.stack(sizes))
+        return out
+
+    def shift(self, layer: int) -> torch.Tensor:
+        """From log squared attention to log squared error beside the output: log of values over outputs, medians."""
+        values, outputs = torch.cat(self.sizes[layer], 1).median(1).values.clamp_min(FLOOR).log()
+        return values - outputs
+
+
 @torch.inference_mode()
 def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Layer by layer `inputs` of each sealed token, [n, D], and the log of what it is paid, [n, H]."""
     watch = Controller(Plan.parse("kvzip(1)"), watch=True, candidates=("full",))
-    cache = AdaptiveCache(loaded.model, controller=watch, max_tokens=len(ids) + PAGE, host=0)
+    cache = Measuring(loaded.model, controller=watch, max_tokens=len(ids) + PAGE, host=0)
+    weighed = any(name.endswith(NORMALISED) for name, _ in loaded.model.named_modules())
     cache.expect(len(ids), 1)
     feed(loaded, cache, ids, 0)
     recall(loaded.model, cache, torch.tensor([ids], device=loaded.device))
@@ -147,6 +172,8 @@ def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor
     end = sequence.length - sequence.tail_len
     for layer, credit in enumerate(sequence.credits["recall"]):
         paid = torch.from_numpy(credit[:, :end].T).to(loaded.device).clamp_min(FLOOR).log()
+        if weighed:
+            paid += cache.shift(layer)
         absent = paid.new_zeros(width(cache.shapes[layer]))
         yield torch.cat([inputs(sequence, layer, a, b, absent) for a, b in blocks(sequence, 0, end)]), paid
     cache.clear()
