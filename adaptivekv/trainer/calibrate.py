@@ -3,12 +3,14 @@
 Each prompt is read twice, as `kvzip` does, and the logarithm of what every token was paid is regressed on its keys,
 values, their norms and its place: ridge regression, from sums, so that any number of tokens fits in memory.
 
-Where a model normalises what attention returns, an error counts beside the output it is in, and layers compare by that.
+Where a model normalises what attention returns, an error counts beside the output it is in: each layer's map is raised
+by how much larger its values are than its outputs, so that layers compare.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,15 +103,20 @@ def calibrate(
             f"{len(prompts)} prompts: at least {HELD_OUT}; more requests, a longer file or shorter pieces"
         )
     seen: dict[tuple[int, bool], Sums] = {}
+    excess: dict[int, list[float]] = defaultdict(list)
     for i, ids in enumerate(prompts):
-        for layer, (x, y) in enumerate(credited(loaded, ids)):
+        for layer, (x, y, more) in enumerate(credited(loaded, ids)):
             key = layer, i % HELD_OUT == HELD_OUT - 1
             seen[key] = seen[key] + Sums.of(x, y) if key in seen else Sums.of(x, y)
+            excess[layer].append(more)
         if progress:
             progress(i + 1, len(prompts))
     layers = range(len(seen) // 2)
     r2 = [seen[layer, True].explained(seen[layer, False].fit()) for layer in layers]
-    surrogate(loaded, (seen[layer, False] + seen[layer, True] for layer in layers)).save(path)
+    made = surrogate(loaded, (seen[layer, False] + seen[layer, True] for layer in layers))
+    if any(name.endswith(NORMALISED) for name, _ in loaded.model.named_modules()):
+        made.bias = [bias + np.float32(np.mean(excess[layer])) for layer, bias in enumerate(made.bias)]
+    made.save(path)
     return {
         "file": str(path), "prompts": len(prompts), "tokens": sum(map(len, prompts)), "r2": float(np.mean(r2)),
         "r2_worst": min(r2), "r2_layers": [round(x, 3) for x in r2],
@@ -153,18 +160,17 @@ class Measuring(AdaptiveCache):
             self.sizes.setdefault(staged.layer, []).append(torch.stack(sizes))
         return out
 
-    def shift(self, layer: int) -> torch.Tensor:
+    def excess(self, layer: int) -> float:
         """From log squared attention to log squared error beside the output: log of values over outputs, medians."""
-        values, outputs = torch.cat(self.sizes[layer], 1).median(1).values.clamp_min(FLOOR).log()
+        values, outputs = torch.cat(self.sizes[layer], 1).median(1).values.clamp_min(FLOOR).log().tolist()
         return values - outputs
 
 
 @torch.inference_mode()
-def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Layer by layer `inputs` of each sealed token, [n, D], and the log of what it is paid, [n, H]."""
+def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """Layer by layer `inputs` of each sealed token, [n, D], the log of what it is paid, [n, H], and `excess`."""
     watch = Controller(Plan.parse("kvzip(1)"), watch=True, candidates=("full",))
     cache = Measuring(loaded.model, controller=watch, max_tokens=len(ids) + PAGE, host=0)
-    weighed = any(name.endswith(NORMALISED) for name, _ in loaded.model.named_modules())
     cache.expect(len(ids), 1)
     feed(loaded, cache, ids, 0)
     recall(loaded.model, cache, torch.tensor([ids], device=loaded.device))
@@ -172,10 +178,9 @@ def credited(loaded: LoadedModel, ids: list[int]) -> Iterator[tuple[torch.Tensor
     end = sequence.length - sequence.tail_len
     for layer, credit in enumerate(sequence.credits["recall"]):
         paid = torch.from_numpy(credit[:, :end].T).to(loaded.device).clamp_min(FLOOR).log()
-        if weighed:
-            paid += cache.shift(layer)
         absent = paid.new_zeros(width(cache.shapes[layer]))
-        yield torch.cat([inputs(sequence, layer, a, b, absent) for a, b in blocks(sequence, 0, end)]), paid
+        parts = [inputs(sequence, layer, a, b, absent) for a, b in blocks(sequence, 0, end)]
+        yield torch.cat(parts), paid, cache.excess(layer)
     cache.clear()
 
 
