@@ -153,7 +153,7 @@ def run(file: Path, out: Path, some: list[str] | None, seconds: float, processes
     try:
         with lzma.open(file, "rt") as queue:  # all of it, or a file that was cut is found by every process
             known = {"request" in json.loads(line) for line in queue} == {True}
-    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+    except (OSError, ValueError, TypeError, EOFError, lzma.LZMAError) as error:
         raise AdaptiveKVError(f"{file} cannot be read ({error}); `jobs` writes it") from None
     if not known:
         raise AdaptiveKVError(f"{file} holds no requests; `jobs` writes them")

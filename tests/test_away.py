@@ -69,7 +69,8 @@ def test_a_process_that_fails_is_told_of(tmp_path, capsys):
 def test_a_file_that_was_cut_is_one_line(tmp_path):
     jobs = tmp_path / "jobs.jsonl.xz"
     whole = lzma.compress(b"".join(json.dumps({"request": {"id": str(i)}}).encode() + b"\n" for i in range(999)))
-    for content, why in ((whole[:-40], "cannot be read"), (lzma.compress(b"{}\n"), "holds no requests")):
+    cut, other, empty = (whole[:-40], "cannot be read"), (lzma.compress(b"5\n"), "cannot be read"), lzma.compress(b"")
+    for content, why in (cut, other, (empty, "holds no requests"), (lzma.compress(b"{}\n"), "holds no requests")):
         jobs.write_bytes(content)
         with pytest.raises(AdaptiveKVError, match=f"{jobs} {why}"):
             away.run(jobs, tmp_path / "lines", None, 5.0, 1)
